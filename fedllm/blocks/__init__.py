@@ -1,0 +1,1 @@
+"""Blocks - the mechanisms that methods share."""

@@ -1,0 +1,1 @@
+"""Command line - typer commands over the same functions as the Python API."""

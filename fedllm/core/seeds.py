@@ -1,0 +1,34 @@
+"""Seeds - every random stream is derived from the run's seed and the names of what it is for.
+
+Nothing draws from a global generator: a stream is a function of (seed, purpose, client, round, ...), so the order
+of clients, the number of processes and a resumed run cannot change what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy
+import torch
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """A 63-bit seed for the stream called `names` of the run seed `seed` (SHA-256, stable across machines)."""
+    text = "\x1f".join([str(int(seed)), *(f"{type(name).__name__}:{name}" for name in names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def numpy_stream(seed: int, *names: str | int) -> numpy.random.Generator:
+    """A NumPy generator for the stream called `names`."""
+    return numpy.random.Generator(numpy.random.PCG64(derive(seed, *names)))
+
+
+def torch_stream(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU torch generator for the stream called `names`; the same numbers on every device and machine."""
+    return torch.Generator("cpu").manual_seed(derive(seed, *names))
+
+
+def python_stream(seed: int, *names: str | int) -> random.Random:
+    """A generator of the standard library for the stream called `names`."""
+    return random.Random(derive(seed, *names))

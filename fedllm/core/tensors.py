@@ -1,0 +1,96 @@
+"""Tensors - a mapping from names to tensors, and the little arithmetic the rest needs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fedllm.core.errors import UploadRejected, nearest
+
+Tensors = dict[str, torch.Tensor]
+
+
+def same_names(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise :class:`UploadRejected` unless both have the same names."""
+    if left.keys() == right.keys():
+        return
+    missing, extra = sorted(right.keys() - left.keys()), sorted(left.keys() - right.keys())
+    word = f"is missing '{missing[0]}'" if missing else f"has an unexpected tensor '{extra[0]}'"
+    raise UploadRejected(
+        f"{what} {word} ({len(missing)} missing, {len(extra)} unexpected).",
+        f"Expected {len(right)} tensors.",
+        nearest(extra[0], right) if extra else None,
+    )
+
+
+def same_shapes(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise :class:`UploadRejected` unless both have the same names and shapes."""
+    same_names(given, expected, what)
+    for name, tensor in given.items():
+        if tensor.shape != expected[name].shape:
+            raise UploadRejected(
+                f"{what} has '{name}' in shape {tuple(tensor.shape)}.", f"Expected {tuple(expected[name].shape)}."
+            )
+
+
+def over(function: Callable[..., torch.Tensor], *trees: Mapping[str, torch.Tensor]) -> Tensors:
+    """Apply `function` name by name to trees that have the same names."""
+    for tree in trees[1:]:
+        same_names(tree, trees[0], "A set of tensors")
+    return {name: function(*(tree[name] for tree in trees)) for name in trees[0]}
+
+
+def add(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], scale: float = 1.0) -> Tensors:
+    """left + scale * right, computed in float32 or better, in the dtype of `left`."""
+    return over(
+        lambda a, b: (
+            torch.add(a.to(torch.promote_types(a.dtype, torch.float32)), b, alpha=scale).to(a.dtype)
+            if a.is_floating_point()
+            else b.to(a.dtype)
+        ),
+        left,
+        right,
+    )
+
+
+def subtract(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> Tensors:
+    """left - right, computed in float32 or better; integer entries are copied from `left`, never subtracted."""
+    return over(
+        lambda a, b: a.to(torch.promote_types(a.dtype, torch.float32)) - b if a.is_floating_point() else a.clone(),
+        left,
+        right,
+    )
+
+
+def zeros(like: Mapping[str, torch.Tensor]) -> Tensors:
+    """Zeros of the same names and shapes, float32 where `like` is floating."""
+    return over(lambda a: torch.zeros_like(a, dtype=torch.promote_types(a.dtype, torch.float32)), like)
+
+
+def squared_distance(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum over all entries of (left - right)^2: a scalar, differentiable, in float32 or better."""
+    return torch.stack([(left[name] - right[name]).square().sum() for name in left]).sum()
+
+
+def norm(tree: Mapping[str, torch.Tensor]) -> float:
+    """The Euclidean norm over all entries."""
+    return float(sum(t.double().square().sum().item() for t in tree.values() if t.is_floating_point()) ** 0.5)
+
+
+def count(tree: Mapping[str, torch.Tensor]) -> int:
+    """The number of entries."""
+    return sum(t.numel() for t in tree.values())
+
+
+def size_in_bytes(tree: Mapping[str, torch.Tensor]) -> int:
+    """The bytes of the raw entries."""
+    return sum(t.numel() * t.element_size() for t in tree.values())
+
+
+def finite(tree: Mapping[str, torch.Tensor]) -> str | None:
+    """The first name that holds a NaN or an infinity, or None where all is finite."""
+    for name, tensor in tree.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None

@@ -1,0 +1,132 @@
+"""Wire - the bytes of a message: one safetensors file whose metadata carries the typed structure.
+
+Every engine sends exactly these bytes, so what is metered is what travels, and anyone can open a message with the
+safetensors library. There is no pickle anywhere. Decoding treats the bytes as hostile: sizes are bounded before
+anything is read, and every fault is a :class:`DecodeError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedllm.core.errors import DecodeError
+from fedllm.core.message import PARTS, Message, Received, Upload
+
+VERSION = 1
+HEADER_LIMIT = 64 * 1024 * 1024
+"""The largest header accepted, in bytes; a header names every tensor."""
+
+_CLASSES: dict[str, type[Message]] = {"message": Message, "received": Received, "upload": Upload}
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of `message`; the same message always gives the same bytes."""
+    tensors: dict[str, torch.Tensor] = {}
+    parts: dict[str, Any] = {}
+    for name, part in sorted(message.parts.items()):
+        held, facts = part.to_wire()
+        parts[name] = {"kind": part.kind, "facts": facts}
+        tensors.update({f"{name}/{key}": t.detach().to("cpu").contiguous() for key, t in held.items()})
+    structure: dict[str, Any] = {
+        "version": VERSION,
+        "class": type(message).__name__.lower(),
+        "parts": parts,
+        "numbers": message.numbers,
+    }
+    if isinstance(message, Upload):
+        structure["weight"] = message.weight
+        structure["metrics"] = {name: list(pair) for name, pair in message.metrics.items()}
+    return save(_unshared(tensors), {"fedllm": json.dumps(structure, sort_keys=True)})
+
+
+def decode(data: bytes) -> Message:
+    """The message in `data`; raises :class:`DecodeError` for anything that is not one."""
+    structure = _structure(data)
+    try:
+        tensors = load(bytes(data))
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as fault:
+        raise DecodeError(f"The tensors of a message cannot be read ({type(fault).__name__}).") from fault
+    try:
+        return _build(structure, tensors)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as fault:
+        raise DecodeError(f"The structure of a message is malformed ({type(fault).__name__}: {fault}).") from fault
+
+
+def size_by_part(data: bytes) -> dict[str, int]:
+    """Bytes of tensor data per part of an encoded message; the rest of the file is under 'header'."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    sizes: dict[str, int] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            part = name.split("/", 1)[0]
+            sizes[part] = sizes.get(part, 0) + end - start
+    return {**sizes, "header": len(data) - sum(sizes.values())}
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Clone tensors that share storage: safetensors refuses them, since a file has no notion of sharing."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        result[name] = tensor.clone() if (pointer in seen and pointer) or not whole else tensor
+        seen.add(pointer)
+    return result
+
+
+def _structure(data: bytes) -> dict[str, Any]:
+    if len(data) < 8:
+        raise DecodeError(f"A message of {len(data)} bytes arrived.", "The shortest message has more than 8 bytes.")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(len(data) - 8, HEADER_LIMIT):
+        raise DecodeError(
+            f"A message claims a header of {length} bytes and has {len(data) - 8}.",
+            f"At most {HEADER_LIMIT} bytes are allowed.",
+        )
+    try:
+        header = json.loads(data[8 : 8 + length])
+        structure = json.loads(header["__metadata__"]["fedllm"])
+        version = structure["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise DecodeError(f"The header of a message cannot be read ({type(fault).__name__}).") from fault
+    if version != VERSION:
+        raise DecodeError(
+            f"A message of format version {version!r} arrived.",
+            f"This installation reads version {VERSION}.",
+            action="Install the same version of fedllm on every side.",
+        )
+    return structure
+
+
+def _build(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
+    by_part: dict[str, dict[str, torch.Tensor]] = {name: {} for name in structure["parts"]}
+    for full, tensor in tensors.items():
+        part, _, key = full.partition("/")
+        by_part[part][key] = tensor
+    parts = {
+        name: PARTS[entry["kind"]].from_wire(by_part[name], entry["facts"])
+        for name, entry in structure["parts"].items()
+    }
+    kind = _CLASSES[structure["class"]]
+    numbers = dict(structure["numbers"])
+    if kind is Upload:
+        weight = float(structure["weight"])
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"weight {weight}")
+        metrics = {str(k): (float(s), float(n)) for k, (s, n) in structure["metrics"].items()}
+        upload = Upload(None, weight, metrics, numbers)
+        upload.parts.update(parts)
+        return upload
+    message = kind()
+    message.parts.update(parts)
+    message.numbers.update(numbers)
+    return message

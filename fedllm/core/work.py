@@ -1,0 +1,268 @@
+"""Work - what a client's coroutine may ask of the model; the only places where the model runs.
+
+A method's client half is plain imperative code: `report = await client.fit(...)`. Awaiting hands one of the
+requests below to the driver, which runs the requests of many clients as one pass where they are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy
+import torch
+
+from fedllm.core.message import Json
+from fedllm.core.tensors import Tensors
+from fedllm.core.train import Train
+
+Penalty = Callable[..., torch.Tensor]
+"""penalty(params, start=..., **given) -> scalar: added to one client's loss. Written for one client."""
+Correction = Callable[..., Tensors]
+"""correction(grads, params=..., start=..., **given) -> grads: applied to one client's gradient before clipping."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Train from `start`."""
+
+    start: Tensors
+    train: Train
+    penalty: Penalty | None = None
+    correction: Correction | None = None
+    given: dict[str, Tensors] = field(default_factory=dict)
+    """Further trees handed to penalty and correction by name."""
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of the mean loss over all of the client's examples, at `params`."""
+
+    params: Tensors
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Measure `params` (None: the base model) on a split of the client's data."""
+
+    params: Tensors | None
+    split: str = "eval"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts with `params` (None: the base model); greedy where temperature is 0."""
+
+    params: Tensors | None
+    prompts: tuple[str, ...]
+    max_tokens: int = 64
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Embed:
+    """One vector per text: the mean of the last hidden states over the real tokens."""
+
+    params: Tensors | None
+    texts: tuple[str, ...]
+
+
+Request = Fit | Gradient | Score | Generate | Embed
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What local training did.
+
+    Attributes:
+        params: the trained tensors.
+        delta: params - start.
+        steps: optimiser steps really taken.
+        rate_sum: the sum of the learning rates of those steps.
+        loss: name -> (sum, n) form of the mean training loss: (sum over labelled tokens or examples, their number).
+        examples: examples seen, repetitions counted.
+        tokens: tokens seen, padding not counted.
+    """
+
+    params: Tensors
+    delta: Tensors
+    steps: int
+    rate_sum: float
+    loss: tuple[float, float]
+    examples: int
+    tokens: int
+
+    @property
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """For :class:`~fedllm.core.message.Upload`: the training loss as (sum, n)."""
+        return {"loss": self.loss}
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """Additive counts of a split: "loss" over "tokens", "exact" over "examples", ... and their values."""
+
+    counts: dict[str, float]
+    values: dict[str, float | None]
+
+    @property
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """Every count as (count, 1), so that summed metrics are summed counts."""
+        return {name: (value, 1.0) for name, value in self.counts.items()}
+
+
+class Asked:
+    """An awaitable that hands `request` to the driver and resolves to its result."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def __await__(self) -> Generator[Request, Any, Any]:
+        return (yield self.request)
+
+
+class Client(Protocol):
+    """What a method's client half may use. Everything here belongs to one client and nobody else.
+
+    Attributes:
+        id: the client's id.
+        size: its number of training examples.
+        round: the current round, from 1.
+        rounds: the number of rounds of the run.
+        population: how many clients are registered.
+        private: its private store, kept between rounds and never sent; only the names declared in `Method.private`.
+    """
+
+    id: str
+    size: int
+    round: int
+    rounds: int
+    population: int
+    private: MutableMapping[str, Tensors | Json]
+
+    def rng(self, purpose: str) -> numpy.random.Generator:
+        """A random stream of this client, this round and `purpose`."""
+        ...
+
+    def rows(self, split: str = "train") -> Sequence[Mapping[str, Any]]:
+        """The client's rows, as loaded."""
+        ...
+
+    async def fit(
+        self,
+        start: Tensors,
+        train: Train,
+        penalty: Penalty | None = None,
+        correction: Correction | None = None,
+        **given: Tensors,
+    ) -> FitReport:
+        """Train from `start`; see :class:`Fit`."""
+        ...
+
+    async def gradient(self, params: Tensors) -> tuple[Tensors, tuple[float, float]]:
+        """The full-data gradient at `params` and the loss as (sum, n)."""
+        ...
+
+    async def score(self, params: Tensors | None, split: str = "eval") -> ScoreReport:
+        """Measure; see :class:`Score`."""
+        ...
+
+    async def generate(
+        self, params: Tensors | None, prompts: Sequence[str], max_tokens: int = 64, temperature: float = 0.0
+    ) -> list[str]:
+        """Continue prompts; see :class:`Generate`."""
+        ...
+
+    async def embed(self, params: Tensors | None, texts: Sequence[str]) -> torch.Tensor:
+        """Shape [len(texts), hidden size]; see :class:`Embed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prepared (tokenised) example.
+
+    Attributes:
+        inputs: the model's inputs for this example: name -> 1-d integer tensor, or any tensor for images.
+        labels: what is to be predicted: token ids with -100 where nothing is, a class number, tag numbers.
+        tokens: real input tokens.
+        targets: how many labels count (the n of its loss).
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    tokens: int
+    targets: int
+
+
+Groups = Sequence[Sequence[Example]]
+"""Examples by client, in the order of the stacked parameters."""
+
+
+class Learner(Protocol):
+    """What can be trained, measured and asked: a base model with its trainable tensors and its task.
+
+    The engine knows a model only through this. `params` are stacked: a leading client axis of size K = len(groups).
+
+    Attributes:
+        device: where parameters live while they are used.
+        width_limit: the most clients one pass can hold (None: any number).
+        score_names: metric names of :meth:`values`, the first is the headline metric.
+        higher_is_better: whether a higher headline metric is better.
+    """
+
+    device: torch.device
+    width_limit: int | None
+    score_names: tuple[str, ...]
+    higher_is_better: bool
+
+    def initial(self) -> Tensors:
+        """The first values of all trainable tensors (no client axis); the same on every machine."""
+        ...
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Tokenise rows; a row without a usable label is left out (and counted by the learner's notes)."""
+        ...
+
+    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> Any:
+        """A context in which the model runs with `params`; `seeds` (one per client) switch dropout on."""
+        ...
+
+    def losses(self, groups: Groups) -> torch.Tensor:
+        """Inside :meth:`using`: the SUM of the losses of each client's examples, shape [K], differentiable."""
+        ...
+
+    def counts_by_row(self, groups: Groups) -> list[dict[str, float]]:
+        """Inside :meth:`using`: additive counts of every example, client after client."""
+        ...
+
+    def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
+        """Metric values of (summed) counts; None where there is nothing to measure."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[str]], max_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[list[str]]:
+        """Inside :meth:`using`: continuations per client."""
+        ...
+
+    def embed(self, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
+        """Inside :meth:`using`: one matrix per client."""
+        ...
+
+
+class Rows(Protocol):
+    """Where clients' data comes from: read on demand, nothing kept for clients that are not asked."""
+
+    client_ids: list[str]
+
+    def size(self, client_id: str, split: str = "train") -> int:
+        """Rows of a split."""
+        ...
+
+    def rows(self, client_id: str, split: str = "train") -> Sequence[Mapping[str, Any]]:
+        """The rows of a split."""
+        ...

@@ -1,0 +1,1 @@
+"""Engine - runs client-side functions; the local one batches a cohort over one base model."""

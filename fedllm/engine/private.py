@@ -1,0 +1,140 @@
+"""Private store - what each client keeps between rounds; written beside the client, never uploaded.
+
+A turn works on a staged copy. The engine commits it when the client's upload was used and drops it otherwise, so a
+rejected or lost client is as if it had not been asked. Committed entries lie in files that are never rewritten, and
+a checkpoint names the files it belongs to; clients that were never asked cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, MutableMapping, Sequence
+from pathlib import Path
+
+from fedllm.core.errors import ConfigError, nearest
+from fedllm.core.message import Dense, Json, Message
+from fedllm.core.tensors import Tensors
+from fedllm.core.wire import decode, encode
+
+Entry = dict[str, "Tensors | Json"]
+
+
+class PrivateStore:
+    """The private entries of all clients of one worker.
+
+    Args:
+        declared: names that may be stored.
+        folder: where entries are written; None keeps them in memory.
+    """
+
+    def __init__(self, declared: Sequence[str], folder: Path | None = None) -> None:
+        self.declared, self.folder = tuple(declared), folder
+        self._held: dict[str, bytes | str] = {}
+        self._staged: dict[str, PrivateView] = {}
+        self._written = 0
+
+    def open(self, client: str) -> PrivateView:
+        """A staged copy of one client's entry."""
+        view = PrivateView(self._load(client), self.declared, client)
+        self._staged[client] = view
+        return view
+
+    def settle(self, accepted: Sequence[str]) -> None:
+        """Keep the staged entries of `accepted`, drop all others."""
+        for client in accepted:
+            view = self._staged.get(client)
+            if view is not None and view.changed:
+                self._save(client, view.entry)
+        self._staged.clear()
+
+    def drop(self, client: str) -> None:
+        """Forget what a client staged."""
+        self._staged.pop(client, None)
+
+    def clients(self) -> list[str]:
+        """Clients that hold something."""
+        return sorted(self._held)
+
+    def manifest(self) -> dict[str, str]:
+        """For a checkpoint: client -> file name. Entries in memory are not part of it."""
+        return {client: held for client, held in sorted(self._held.items()) if isinstance(held, str)}
+
+    def restore(self, manifest: dict[str, str]) -> None:
+        """Go back to a checkpoint's entries."""
+        self._held = dict(manifest)
+        self._staged.clear()
+
+    def prune(self, keep: Sequence[dict[str, str]]) -> None:
+        """Remove files that none of the manifests `keep` names."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        named = {name for manifest in keep for name in manifest.values()} | set(self.manifest().values())
+        for file in self.folder.iterdir():
+            if file.name not in named:
+                file.unlink()
+
+    def _load(self, client: str) -> Entry:
+        held = self._held.get(client)
+        if held is None:
+            return {}
+        data = held if isinstance(held, bytes) else (self.folder or Path()).joinpath(held).read_bytes()
+        message = decode(data)
+        return {**{name: message[name] for name in message.parts}, **message.numbers}
+
+    def _save(self, client: str, entry: Entry) -> None:
+        tensors = {n: v for n, v in entry.items() if _is_tensors(v)}
+        data = encode(
+            Message({n: Dense(t) for n, t in tensors.items()}, {n: v for n, v in entry.items() if n not in tensors})
+        )
+        if self.folder is None:
+            self._held[client] = data
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(client.encode() + data).hexdigest()[:24]
+        target = self.folder / f"{digest}.safetensors"
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            partial.write_bytes(data)
+            partial.replace(target)
+        self._held[client] = target.name
+
+
+def _is_tensors(value: object) -> bool:
+    import torch
+
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+class PrivateView(MutableMapping[str, "Tensors | Json"]):
+    """One client's entry during its turn; only declared names are accepted."""
+
+    def __init__(self, entry: Entry, declared: Sequence[str], client: str) -> None:
+        self.entry, self.declared, self.client, self.changed = entry, declared, client, False
+
+    def __getitem__(self, name: str) -> Tensors | Json:
+        self._known(name)
+        return self.entry[name]
+
+    def __setitem__(self, name: str, value: Tensors | Json) -> None:
+        self._known(name)
+        copied = {n: t.detach().cpu().clone() for n, t in value.items()} if _is_tensors(value) else value
+        self.entry[name], self.changed = copied, True
+
+    def __delitem__(self, name: str) -> None:
+        del self.entry[name]
+        self.changed = True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entry)
+
+    def __len__(self) -> int:
+        return len(self.entry)
+
+    def _known(self, name: str) -> None:
+        if name not in self.declared:
+            raise ConfigError(
+                f"'{name}' is not declared as private.",
+                f"Declared: {', '.join(self.declared) or 'nothing'}.",
+                nearest(name, self.declared),
+                "Name it in the class's 'private'.",
+            )

@@ -1,0 +1,98 @@
+"""Rounds - one round of a method, and the evaluation of a state; the whole of federated learning on one page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedllm.core.errors import UploadRejected
+from fedllm.core.message import Json, Received
+from fedllm.core.method import Method
+from fedllm.core.reducer import Reduction
+from fedllm.core.seeds import numpy_stream
+from fedllm.core.server import Server
+from fedllm.core.state import State
+from fedllm.core.tensors import finite
+
+COLLECT_LIMIT = 8
+"""How often a method may ask for more clients before a round counts as failed."""
+
+
+@dataclass
+class RoundRecord:
+    """What happened in a round; written to metrics.jsonl."""
+
+    round: int
+    cohort: list[str]
+    loss: float | None = None
+    used: int = 0
+    failed: str | None = None
+    lost: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> Json:
+        """For metrics.jsonl."""
+        return {"event": "round", **self.__dict__}
+
+
+async def play_round(
+    method: Method, state: State, server: Server, cohort_size: int, deadline: float | None = None
+) -> tuple[State, RoundRecord]:
+    """state --distribute--> received --work--> upload --reducer--> update --finalize--> state.
+
+    A round without a usable upload changes nothing and says so in its record.
+    """
+    number, begun, meter = state.round + 1, time.perf_counter(), server.meter
+    server.round = number
+    before = (meter.total("up"), meter.total("down"), meter.tokens)
+    record = RoundRecord(number, [])
+    reduction = Reduction(method.reducer, method.expected(state))
+    wanted, new = cohort_size, None
+    for turn in range(COLLECT_LIMIT):
+        rest = [client for client in server.clients if client not in set(record.cohort)] or list(server.clients)
+        cohort = method.cohort(number, rest, wanted, numpy_stream(server.seed, "cohort", number, turn))
+        record.cohort += cohort
+        async for answer in server.ask(method.work, _payloads(method, state, cohort), deadline):
+            try:
+                reduction.add(answer.client, answer.upload)
+            except UploadRejected as fault:
+                server.reject(answer.client, str(fault))
+        update = reduction.result(len(server.clients))
+        if update.clients == 0:
+            record.failed = "no usable upload arrived"
+            break
+        finalized = method.finalize(state, update)
+        if isinstance(finalized, State):
+            new = finalized
+            break
+        wanted = finalized.clients or cohort_size
+    else:
+        record.failed = f"the method asked for more clients {COLLECT_LIMIT} times"
+    bad = finite(new.params) if new is not None else None
+    if bad is not None:
+        record.failed, new = f"the new state is not finite in '{bad}'", None
+    record.used, record.lost, record.rejected = reduction.clients, list(server.lost), list(server.rejected)
+    if "loss" in reduction.metrics and reduction.metrics["loss"][1] > 0:
+        record.loss = reduction.metrics["loss"][0] / reduction.metrics["loss"][1]
+    server.settle(commit=new is not None)
+    record.bytes_up, record.bytes_down = meter.total("up") - before[0], meter.total("down") - before[1]
+    record.tokens, record.seconds = meter.tokens - before[2], time.perf_counter() - begun
+    return replace(new if new is not None else state, round=number), record
+
+
+def _payloads(method: Method, state: State, clients: Sequence[str]) -> Iterator[tuple[str, Received]]:
+    return ((client, method.distribute(state, client)) for client in clients)
+
+
+async def evaluate(method: Method, state: State, server: Server, clients: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Ask `clients` to measure `state`; returns additive counts by client. Nothing is changed anywhere."""
+    counts: dict[str, dict[str, float]] = {}
+    async for answer in server.ask(method.evaluate, _payloads(method, state, clients)):
+        counts[answer.client] = {name: total for name, (total, _) in answer.upload.metrics.items()}
+    server.settle(commit=False)
+    return counts

@@ -1,0 +1,31 @@
+"""FedAdagrad - the server divides by the root of the sum of all squared changes so far."""
+
+import torch
+
+from fedllm.blocks.adaptive_server import AdaptiveServer
+from fedllm.core.card import Card
+
+
+class FedAdagrad(AdaptiveServer):
+    """Adagrad at the server."""
+
+    card = Card(
+        title="FedAdagrad - Adagrad at the server",
+        paper="Reddi et al., ICLR 2021, arXiv:2003.00295",
+        cells=("2.4 Decentralized Training", "2.5 Frameworks"),
+        travels="as FedAvg",
+        claim="Adaptive server steps help where gradients are sparse or clients differ.",
+        status="runs",
+    )
+
+    def first_decay(self) -> float:
+        """b1 = 0: m is the change itself."""
+        return 0.0
+
+    def second(self, v: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        """v + d^2."""
+        return v + d.square()
+
+    def second_of_momentum(self) -> bool:
+        """m is d here."""
+        return False

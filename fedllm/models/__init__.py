@@ -1,0 +1,1 @@
+"""Models - loading, structure and adapters of transformers models."""

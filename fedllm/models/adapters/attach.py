@@ -1,0 +1,285 @@
+"""Attach - put an adapter of a chosen kind on a loaded model and run the model with stacked parameters.
+
+`Adapted` is what a learner holds: the names and first values of the trainable tensors, a context that binds stacked
+tensors, and the model call itself (soft prompts and prefixes act at the call, everything else inside the layers).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedllm.core.errors import ModelError
+from fedllm.core.seeds import torch_stream
+from fedllm.core.tensors import Tensors
+from fedllm.models.adapters import grouped
+from fedllm.models.adapters.grouped import Binding
+from fedllm.models.adapters.settings import AdapterSettings
+from fedllm.models.load import Loaded
+from fedllm.models.structure import (
+    attention_heads,
+    biases,
+    features,
+    head,
+    hidden_size,
+    input_embedding,
+    is_encoder_decoder,
+    is_linear,
+    layer_count,
+    match,
+    role,
+)
+
+KINDS = ("lora", "ia3", "prompt", "prefix", "bottleneck", "bitfit", "full")
+
+
+class Adapted:
+    """A loaded model with an adapter.
+
+    Args:
+        loaded: the base model; it is never changed.
+        settings: the adapter.
+        seed: first values are derived from it and each tensor's name, alike at every client.
+
+    Attributes:
+        width_limit: 1 where parameters are swapped inside the model (full), else None.
+        offset: positions a soft prompt puts before the inputs; the model's outputs are longer by them.
+    """
+
+    def __init__(self, loaded: Loaded, settings: AdapterSettings, seed: int) -> None:
+        self.loaded, self.model, self.settings, self.seed = loaded, loaded.model, settings, seed
+        self.binding = Binding()
+        self.width_limit: int | None = None
+        self.offset = 0
+        self._initial: Tensors = {}
+        self._swapped: list[tuple[str, nn.Module, str]] = []
+        self._accepts = set(inspect.signature(self.model.forward).parameters)
+        self._attached: list[Any] = []
+        modules = dict(self.model.named_modules())
+        attach = {"head": lambda _: None, **{k: getattr(self, f"_attach_{k}") for k in KINDS}}
+        attach[settings.kind](modules)
+        if settings.kind != "full":
+            self._attach_head(modules)
+        if not self._initial:
+            raise ModelError(
+                f"The adapter '{settings.kind}' finds nothing to train in {loaded.name}.",
+                action="Choose adapter.kind=lora.",
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def initial(self) -> Tensors:
+        """First values of the trainable tensors: float32 on the CPU."""
+        return {name: tensor.clone() for name, tensor in self._initial.items()}
+
+    def remove(self) -> None:
+        """Take the adapter off the model."""
+        for handle in self._attached:
+            handle.remove()
+        self._attached = []
+
+    @contextmanager
+    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> Iterator[None]:
+        """Run the model with `params` (stacked, [K, ...]); None is the base model. Backward must happen inside."""
+        before = self.binding.params, self.binding.seeds, self.binding.width
+        width = 1 if params is None else next(iter(params.values())).shape[0]
+        if self.width_limit is not None and width > self.width_limit:
+            raise ModelError(f"{width} clients cannot share a pass.", f"'{self.settings.kind}' allows one.")
+        self.binding.params, self.binding.seeds, self.binding.width = params, seeds, width
+        originals = [module._parameters[leaf] for _, module, leaf in self._swapped]
+        try:
+            if params is not None:
+                for (name, module, leaf), original in zip(self._swapped, originals, strict=True):
+                    module._parameters[leaf] = params[name][0].to(original.dtype)  # type: ignore[union-attr]
+            yield
+        finally:
+            for (_, module, leaf), original in zip(self._swapped, originals, strict=True):
+                module._parameters[leaf] = original
+            self.binding.params, self.binding.seeds, self.binding.width = before
+
+    def call(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+        """The model's output for `inputs`, with the bound prompt or prefix."""
+        bound = self.binding.params
+        if bound is not None and "prompt" in bound:
+            inputs = self._prompted(inputs, bound["prompt"])
+        if bound is not None and "prefix.0.key" in bound:
+            inputs = self._prefixed(inputs, bound)
+        return self.model(**inputs, **options)
+
+    def accepts(self, name: str) -> bool:
+        """Whether the model's forward takes an argument called `name`."""
+        return name in self._accepts
+
+    # -- kinds --------------------------------------------------------------------------------------------------------
+
+    def _attach_lora(self, modules: dict[str, nn.Module]) -> None:
+        settings, scale = self.settings, self.settings.alpha / self.settings.rank
+        for name in match(self.model, settings.targets, "lora"):
+            inside, outside = features(modules[name])
+            bound = 1.0 / math.sqrt(inside)
+            self._first(f"{name}.lora_A", (settings.rank, inside), bound)
+            self._first(f"{name}.lora_B", (outside, settings.rank), 0.0)
+            hook = grouped.lora_hook(self.binding, name, scale, settings.dropout)
+            self._attached.append(modules[name].register_forward_hook(hook))
+
+    def _attach_ia3(self, modules: dict[str, nn.Module]) -> None:
+        for name in match(self.model, self.settings.targets, "ia3"):
+            inside, outside = features(modules[name])
+            if role(name) == "down":
+                self._initial[f"{name}.ia3"] = torch.ones(inside)
+                hook = grouped.scale_input_hook(self.binding, name)
+                self._attached.append(modules[name].register_forward_pre_hook(hook))
+            else:
+                self._initial[f"{name}.ia3"] = torch.ones(outside)
+                hook = grouped.scale_hook(self.binding, name)
+                self._attached.append(modules[name].register_forward_hook(hook))
+
+    def _attach_bottleneck(self, modules: dict[str, nn.Module]) -> None:
+        width = self.settings.width
+        for name in match(self.model, self.settings.targets, "bottleneck"):
+            _, outside = features(modules[name])
+            self._first(f"{name}.down.weight", (width, outside), 1.0 / math.sqrt(outside))
+            self._first(f"{name}.down.bias", (width,), 0.0)
+            self._first(f"{name}.up.weight", (outside, width), 0.0)
+            self._first(f"{name}.up.bias", (outside,), 0.0)
+            hook = grouped.bottleneck_hook(self.binding, name)
+            self._attached.append(modules[name].register_forward_hook(hook))
+
+    def _attach_bitfit(self, modules: dict[str, nn.Module]) -> None:
+        names = biases(self.model)
+        if not names:
+            raise ModelError(
+                f"{self.loaded.name} has no biases, so adapter.kind=bitfit would train nothing.",
+                "Kinds for it: lora, ia3, prompt, prefix, bottleneck, full.",
+                "ia3",
+            )
+        for full in names:
+            name = full.removesuffix(".bias")
+            self._initial[full] = modules[name].bias.detach().float().cpu().clone()  # type: ignore[union-attr]
+            hook = grouped.bias_hook(self.binding, name)
+            self._attached.append(modules[name].register_forward_hook(hook))
+
+    def _attach_prompt(self, modules: dict[str, nn.Module]) -> None:
+        if is_encoder_decoder(self.model) or not self.accepts_embeddings():
+            raise self._unfit("a soft prompt", "decoder-only and BERT-like models")
+        size = hidden_size(self.model)
+        stream = torch_stream(self.seed, "init", "prompt")
+        table = input_embedding(self.model).weight.detach().float().cpu()
+        rows = torch.randint(0, table.shape[0], (self.settings.tokens,), generator=stream)
+        self._initial["prompt"] = table[rows][:, :size].clone()
+        self.offset = self.settings.tokens
+
+    def _attach_prefix(self, modules: dict[str, nn.Module]) -> None:
+        if not self.accepts("past_key_values") or is_encoder_decoder(self.model) or self.loaded.kind != "causal-lm":
+            raise self._unfit("a prefix", "decoder-only causal language models")
+        if getattr(self.model, "is_gradient_checkpointing", False):
+            raise ModelError(
+                "A prefix needs the key-value cache, which gradient checkpointing switches off.",
+                action="Set model.gradient_checkpointing=false, or use adapter.kind=prompt.",
+            )
+        _, kv_heads, size = attention_heads(self.model)
+        for layer in range(layer_count(self.model)):
+            for part in ("key", "value"):
+                name = f"prefix.{layer}.{part}"
+                stream = torch_stream(self.seed, "init", name)
+                self._initial[name] = torch.randn(kv_heads, self.settings.tokens, size, generator=stream) * 0.1
+
+    def _attach_full(self, modules: dict[str, nn.Module]) -> None:
+        self.width_limit = 1
+        for full, parameter in self.model.named_parameters():
+            if not parameter.is_floating_point():
+                raise self._unfit("training of all weights", "models that are not quantised")
+            self._initial[full] = parameter.detach().float().cpu().clone()
+        names = {id(parameter): full for full, parameter in self.model.named_parameters()}
+        for module in modules.values():  # a tied weight has one name and lies in several modules: swap it in each
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._swapped.append((names[id(parameter)], module, leaf))
+
+    def _attach_head(self, modules: dict[str, nn.Module]) -> None:
+        """A classification head is new and random: its linear layers are trained whole, whatever the adapter."""
+        for owner in head(self.model) or []:
+            for name, module in modules.items():
+                if (name == owner or name.startswith(f"{owner}.")) and is_linear(module):
+                    self._attach_linear(name, module)
+
+    def _attach_linear(self, name: str, module: Any) -> None:
+        self._initial[f"{name}.weight"] = module.weight.detach().float().cpu().clone()
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            self._initial[f"{name}.bias"] = bias.detach().float().cpu().clone()
+        hook = grouped.linear_hook(self.binding, name, bias is not None)
+        self._attached.append(module.register_forward_hook(hook))
+
+    # -- call-level kinds ---------------------------------------------------------------------------------------------
+
+    def accepts_embeddings(self) -> bool:
+        """Whether the model can be run from input embeddings."""
+        return self.accepts("inputs_embeds")
+
+    def _prompted(self, inputs: dict[str, torch.Tensor], prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        embedded = input_embedding(self.model)(ids)
+        rows = ids.shape[0] // prompt.shape[0]
+        before = prompt.repeat_interleave(rows, 0).to(embedded.dtype)
+        ones = mask.new_ones(ids.shape[0], prompt.shape[1])
+        others = {
+            k: v
+            for k, v in inputs.items()
+            if k not in ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+        }
+        return {
+            **others,
+            "inputs_embeds": torch.cat([before, embedded], 1),
+            "attention_mask": torch.cat([ones, mask], 1),
+            **_positions(inputs, prompt.shape[1]),
+        }
+
+    def _prefixed(self, inputs: dict[str, torch.Tensor], bound: Tensors) -> dict[str, Any]:
+        from transformers import DynamicCache
+
+        cache, rows = DynamicCache(), inputs["input_ids"].shape[0] // bound["prefix.0.key"].shape[0]
+        dtype = next(self.model.parameters()).dtype
+        for layer in range(layer_count(self.model)):
+            key, value = (
+                bound[f"prefix.{layer}.{part}"].repeat_interleave(rows, 0).to(dtype) for part in ("key", "value")
+            )
+            cache.update(key, value, layer)
+        mask, length = inputs["attention_mask"], bound["prefix.0.key"].shape[2]
+        ones = mask.new_ones(mask.shape[0], length)
+        positions = _positions(inputs, length)
+        if "position_ids" in inputs:
+            positions["position_ids"] = positions["position_ids"][:, length:]
+        return {**inputs, "past_key_values": cache, "attention_mask": torch.cat([ones, mask], 1), **positions}
+
+    # -- first values -------------------------------------------------------------------------------------------------
+
+    def _first(self, name: str, shape: tuple[int, ...], bound: float) -> None:
+        stream = torch_stream(self.seed, "init", name)
+        self._initial[name] = (torch.rand(shape, generator=stream) * 2 - 1) * bound if bound else torch.zeros(shape)
+
+    def _unfit(self, what: str, allowed: str) -> ModelError:
+        return ModelError(
+            f"{self.loaded.name} ({self.loaded.family}) cannot take {what}.",
+            f"It works on {allowed}.",
+            "lora",
+            "Set adapter.kind=lora.",
+        )
+
+
+def _positions(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Explicit position ids moved behind `length` virtual tokens."""
+    if "position_ids" not in inputs:
+        return {}
+    positions = inputs["position_ids"]
+    first = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
+    return {"position_ids": torch.cat([first, positions + length], 1)}

@@ -1,0 +1,144 @@
+"""Grouped adapters - one forward pass of an untouched base model in which every client has its own adapter.
+
+Rows of a batch lie client after client; adapters are stacked on a leading client axis K. They act through forward
+hooks: the base model keeps its modules, names, dtypes and quantisation, and is itself again when nothing is bound.
+Shapes: x is [N, ..., in] with N = K * rows; a LoRA pair is A [K, r, in], B [K, out, r] (Hu et al., 2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedllm.core.errors import ModelError
+from fedllm.core.seeds import derive
+from fedllm.core.tensors import Tensors
+
+Hook = Callable[..., Any]
+
+
+@dataclass
+class Binding:
+    """What is bound at the moment: stacked tensors, and dropout seeds (None: no dropout)."""
+
+    params: Tensors | None = None
+    seeds: Sequence[int] | None = None
+    width: int = field(default=1)
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The stacked tensor, or None where nothing is bound."""
+        return None if self.params is None else self.params[name]
+
+    def grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ..., d] -> [K, N/K * ..., d]."""
+        if x.shape[0] % self.width:
+            raise ModelError(
+                f"A layer got {x.shape[0]} rows for {self.width} clients.",
+                "Rows must lie client after client in equal numbers.",
+                action="This model re-orders rows inside (mixture of experts?): set cohort_width=1.",
+            )
+        return x.reshape(self.width, -1, x.shape[-1])
+
+
+def lora_hook(binding: Binding, name: str, scale: float, dropout: float) -> Hook:
+    """output + scale * B A dropout(x), per client."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        a = binding.get(f"{name}.lora_A")
+        if a is None:
+            return output
+        b = binding.params[f"{name}.lora_B"]  # type: ignore[index]
+        x = binding.grouped(args[0]).to(a.dtype)
+        if dropout and binding.seeds is not None:
+            x = x * _keep(x, name, dropout, binding.seeds)
+        low = torch.bmm(x, a.transpose(1, 2))
+        flat = output.reshape(binding.width, -1, output.shape[-1])
+        if flat.dtype == low.dtype:
+            return torch.baddbmm(flat, low, b.transpose(1, 2), alpha=scale).view(output.shape)
+        return output + (torch.bmm(low, b.transpose(1, 2)) * scale).view(output.shape).to(output.dtype)
+
+    return hook
+
+
+def _keep(x: torch.Tensor, name: str, dropout: float, seeds: Sequence[int]) -> torch.Tensor:
+    """A dropout mask [K, n, d] scaled by 1 / (1 - p); a function of each client's seed and the layer's name alone."""
+    masks = []
+    for seed in seeds:
+        stream = torch.Generator("cpu").manual_seed(derive(seed, name))
+        masks.append(torch.rand(x.shape[1:], generator=stream) >= dropout)
+    return torch.stack(masks).to(x.device, x.dtype) / (1.0 - dropout)
+
+
+def scale_hook(binding: Binding, name: str) -> Hook:
+    """IA3 on an output: output * l, per client (Liu et al., 2205.05638)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        factor = binding.get(f"{name}.ia3")
+        if factor is None:
+            return output
+        return (binding.grouped(output) * factor.unsqueeze(1).to(output.dtype)).view(output.shape)
+
+    return hook
+
+
+def scale_input_hook(binding: Binding, name: str) -> Hook:
+    """IA3 on an input: l * x, per client; a forward pre-hook."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        factor = binding.get(f"{name}.ia3")
+        if factor is None:
+            return args
+        x = args[0]
+        return ((binding.grouped(x) * factor.unsqueeze(1).to(x.dtype)).view(x.shape), *args[1:])
+
+    return hook
+
+
+def bottleneck_hook(binding: Binding, name: str) -> Hook:
+    """output + up(gelu(down(output))), per client (Houlsby et al., 1902.00751)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        down = binding.get(f"{name}.down.weight")
+        if down is None:
+            return output
+        params = binding.params or {}
+        x = binding.grouped(output).to(down.dtype)
+        middle = torch.baddbmm(params[f"{name}.down.bias"].unsqueeze(1), x, down.transpose(1, 2))
+        up = params[f"{name}.up.weight"].transpose(1, 2)
+        change = torch.baddbmm(params[f"{name}.up.bias"].unsqueeze(1), nn.functional.gelu(middle), up)
+        return output + change.view(output.shape).to(output.dtype)
+
+    return hook
+
+
+def bias_hook(binding: Binding, name: str) -> Hook:
+    """output - bias + the client's bias (BitFit; Ben Zaken et al., 2106.10199)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        bias = binding.get(f"{name}.bias")
+        if bias is None:
+            return output
+        change = (bias - module.bias).unsqueeze(1)  # type: ignore[operator]
+        return (binding.grouped(output) + change.to(output.dtype)).view(output.shape)
+
+    return hook
+
+
+def linear_hook(binding: Binding, name: str, with_bias: bool) -> Hook:
+    """A whole linear layer per client (classification heads): the base layer's output is replaced."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        weight = binding.get(f"{name}.weight")
+        if weight is None:
+            return output
+        x = binding.grouped(args[0]).to(weight.dtype)
+        result = torch.bmm(x, weight.transpose(1, 2))
+        if with_bias:
+            result = result + (binding.params or {})[f"{name}.bias"].unsqueeze(1)
+        return result.view(output.shape).to(output.dtype)
+
+    return hook

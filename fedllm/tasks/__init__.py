@@ -1,0 +1,1 @@
+"""Tasks - what is learned: rows to examples, loss, counts."""

@@ -1,0 +1,270 @@
+"""Transformer learner - a base model, its adapter and its task behind the engine's one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedllm.core.tensors import Tensors
+from fedllm.core.work import Example, Groups
+from fedllm.models.adapters.attach import Adapted
+from fedllm.models.adapters.settings import AdapterSettings
+from fedllm.models.load import Loaded
+from fedllm.models.structure import is_encoder_decoder
+from fedllm.tasks.decode import continue_prompts
+from fedllm.tasks.settings import TaskSettings
+from fedllm.tasks.task import IGNORE, TASKS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch, rows client after client.
+
+    Attributes:
+        inputs: the model's inputs.
+        where: row and position of every label, shapes [M]; positions index the logits.
+        labels: the labels, [M].
+        real: numbers of the rows that are examples (others only fill clients up to the same count), [n].
+        clients: for each real row, its client's number, [n].
+    """
+
+    inputs: dict[str, torch.Tensor]
+    where: tuple[torch.Tensor, torch.Tensor]
+    labels: torch.Tensor
+    real: torch.Tensor
+    clients: torch.Tensor
+
+
+class TransformerLearner:
+    """Implements :class:`fedllm.core.work.Learner` for a transformers model.
+
+    Args:
+        loaded: the base model and tokenizer.
+        task: what is learned.
+        adapter: what is trained.
+        labels: class or tag names.
+        seed: the first values are derived from it.
+
+    Attributes:
+        notes: things a user should know about how this model is run.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        task: TaskSettings,
+        adapter: AdapterSettings,
+        labels: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.loaded, self.tokenizer = loaded, loaded.tokenizer
+        self.adapted = Adapted(loaded, adapter, seed)
+        self.task = TASKS[task.kind](task, loaded.tokenizer, labels)
+        self.score_names = self.task.score_names
+        self.width_limit = self.adapted.width_limit
+        self.notes = list(loaded.notes)
+        self._both_ways = is_encoder_decoder(loaded.model)
+        self._select = _Selection()
+        self._selective = self.task.per_token and self._install_selection()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.adapted.device
+
+    def initial(self) -> Tensors:
+        """First values of the trainable tensors."""
+        return self.adapted.initial()
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Tokenised examples; see :meth:`fedllm.tasks.task.Task.prepare`."""
+        return self.task.prepare(rows)
+
+    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """Run the model with stacked `params`; None is the base model."""
+        return self.adapted.using(params, seeds)
+
+    def losses(self, groups: Groups) -> torch.Tensor:
+        """The sum of the losses of each client, [K], differentiable."""
+        batch = self.collate(groups)
+        logits, owner = self._logits(batch)
+        rows = batch.inputs["input_ids"].shape[0]
+        by_row = self.task.loss_rows(logits, batch.labels, owner, rows)[batch.real]
+        return by_row.new_zeros(len(groups)).index_add_(0, batch.clients, by_row)
+
+    def counts_by_row(self, groups: Groups) -> list[dict[str, float]]:
+        """Additive counts of every example, client after client."""
+        if not any(len(group) for group in groups):
+            return []
+        batch = self.collate(groups)
+        logits, owner = self._logits(batch)
+        rows = self.task.count_rows(logits, batch.labels, owner, batch.inputs["input_ids"].shape[0])
+        return [rows[i] for i in batch.real.tolist()]
+
+    def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
+        """Metric values of summed counts."""
+        return self.task.values(counts)
+
+    def generate(
+        self, prompts: Sequence[Sequence[str]], max_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> list[list[str]]:
+        """Continue prompts, client after client; greedy where temperature is 0."""
+        return continue_prompts(self.adapted, prompts, max_tokens, temperature, seeds)
+
+    def embed(self, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
+        """The mean of the last hidden states over real tokens, one row per text."""
+        flat = [text for group in texts for text in group]
+        encoded = self.tokenizer(
+            flat, padding=True, truncation=True, max_length=self.task.settings.max_length, return_tensors="pt"
+        ).to(self.device)
+        inputs = {k: v for k, v in encoded.items() if self.adapted.accepts(k)}
+        if self._both_ways:
+            hidden = self.loaded.model.get_encoder()(**inputs).last_hidden_state
+        else:
+            with self._select.everything():
+                hidden = self.adapted.call(inputs, output_hidden_states=True).hidden_states[-1]
+        hidden = hidden[:, -encoded["attention_mask"].shape[1] :]
+        mask = encoded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return list(torch.split(vectors, [len(group) for group in texts]))
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def collate(self, groups: Groups) -> Batch:
+        """Pad examples to the longest; clients with fewer rows are filled up with rows that do not count."""
+        width = max(len(group) for group in groups)
+        some = next(example for group in groups for example in group)
+        rows, real, clients = [], [], []
+        for client, group in enumerate(groups):
+            for place in range(width):
+                if place < len(group):
+                    real.append(len(rows))
+                    clients.append(client)
+                rows.append(group[place] if place < len(group) else None)
+        longest = max(example.inputs["input_ids"].shape[0] for example in rows if example is not None)
+        filler = some.inputs["input_ids"][:1]
+        pad = self.tokenizer.pad_token_id
+        ids = torch.full((len(rows), longest), pad)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        kinds = torch.zeros_like(mask) if "token_type_ids" in some.inputs else None
+        for number, example in enumerate(rows):
+            tokens = filler if example is None else example.inputs["input_ids"]
+            ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
+            if kinds is not None and example is not None:
+                kinds[number, : len(tokens)] = example.inputs["token_type_ids"]
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if kinds is not None:
+            inputs["token_type_ids"] = kinds
+        labels = [example.labels if example is not None else None for example in rows]
+        where, kept = self._targets(labels)
+        if self._both_ways:
+            inputs["decoder_input_ids"] = self._shifted(labels)
+        device = self.device
+        return Batch(
+            {k: v.to(device) for k, v in inputs.items()},
+            (where[0].to(device), where[1].to(device)),
+            kept.to(device),
+            torch.tensor(real, device=device),
+            torch.tensor(clients, device=device),
+        )
+
+    def _targets(self, labels: list[torch.Tensor | None]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Row, logit position and value of every label; a causal model predicts position p at p - 1."""
+        rows, positions, values = [], [], []
+        causal = self.task.kind == "causal-lm"
+        for number, row in enumerate(labels):
+            if row is None:
+                continue
+            used = row[1:] if causal else row
+            at = torch.nonzero(used != IGNORE).flatten() if self.task.per_token else torch.zeros(1, dtype=torch.long)
+            rows.append(torch.full_like(at, number))
+            positions.append(at)
+            values.append(used[at])
+        return (torch.cat(rows), torch.cat(positions)), torch.cat(values)
+
+    def _shifted(self, labels: list[torch.Tensor | None]) -> torch.Tensor:
+        """Decoder inputs: the labels moved right by one, padded."""
+        config = self.loaded.model.config
+        start = config.decoder_start_token_id
+        longest = max(len(row) for row in labels if row is not None)
+        ids = torch.full((len(labels), longest), self.tokenizer.pad_token_id)
+        ids[:, 0] = self.tokenizer.pad_token_id if start is None else start
+        for number, row in enumerate(labels):
+            if row is not None:
+                ids[number, 1 : len(row)] = row[:-1]
+        return ids
+
+    # -- logits -------------------------------------------------------------------------------------------------------
+
+    def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of every label [M, C] and the row each belongs to [M]."""
+        rows, positions = batch.where
+        if not self.task.per_token:
+            return self.adapted.call(batch.inputs).logits, rows
+        positions = positions + (0 if self.adapted.binding.params is None else self.adapted.offset)
+        if self._selective:
+            with self._select.only(rows, positions):
+                return self.adapted.call(batch.inputs).logits, rows
+        return self.adapted.call(batch.inputs).logits[rows, positions], rows
+
+    def _install_selection(self) -> bool:
+        """Compute logits only where there are labels, by selecting hidden states in front of the output layer.
+
+        Works where everything behind that layer is element-wise; a probe compares both ways, and a model that fails
+        it is run with all logits.
+        """
+        layer = self.loaded.model.get_output_embeddings()
+        if layer is None:
+            return False
+        handle = layer.register_forward_pre_hook(self._select.hook)
+        ids = torch.arange(4, device=self.device).view(2, 2) % max(1, len(self.tokenizer) - 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self._both_ways:
+            inputs["decoder_input_ids"] = ids
+        rows, positions = torch.tensor([0, 1, 1], device=self.device), torch.tensor([1, 0, 1], device=self.device)
+        with torch.no_grad():
+            whole = self.loaded.model(**inputs).logits[rows, positions]
+            try:
+                with self._select.only(rows, positions):
+                    chosen = self.loaded.model(**inputs).logits
+            except (RuntimeError, IndexError, ValueError):
+                chosen = whole[:0]
+        if chosen.shape == whole.shape and torch.allclose(chosen, whole, rtol=1e-3, atol=1e-3):
+            return True
+        handle.remove()
+        self.notes.append("Logits are computed at every position: this model's output layer cannot be restricted.")
+        return False
+
+
+class _Selection:
+    """A forward pre-hook that keeps chosen (row, position) hidden states: [N, T, H] -> [M, H]."""
+
+    def __init__(self) -> None:
+        self.chosen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if self.chosen is None else (args[0][self.chosen[0], self.chosen[1]], *args[1:])
+
+    def only(self, rows: torch.Tensor, positions: torch.Tensor) -> _Chosen:
+        return _Chosen(self, (rows, positions))
+
+    def everything(self) -> _Chosen:
+        return _Chosen(self, None)
+
+
+class _Chosen:
+    def __init__(self, selection: _Selection, chosen: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        self.selection, self.chosen, self.before = selection, chosen, selection.chosen
+
+    def __enter__(self) -> None:
+        self.selection.chosen = self.chosen
+
+    def __exit__(self, *_: object) -> None:
+        self.selection.chosen = self.before

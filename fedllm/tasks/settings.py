@@ -1,0 +1,39 @@
+"""Task settings - what is learned from a row of data; imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TaskKind = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
+
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "causal-lm": (("instruction", "response"), ("messages",), ("text",)),
+    "seq2seq": (("instruction", "response"),),
+    "sequence-classification": (("text", "label"),),
+    "token-classification": (("tokens", "tags"),),
+}
+"""The columns each task reads: one of these sets, after `data.columns` has renamed them."""
+
+
+class TaskSettings(BaseModel):
+    """What is learned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: TaskKind = "causal-lm"
+    """causal-lm (instruction tuning or plain text), seq2seq, sequence-classification or token-classification."""
+    template: str = "auto"
+    """How a row becomes a prompt: auto (the tokenizer's chat template, else plain), chat, plain, or a text with
+    {columns} in braces."""
+    system: str | None = None
+    """A system message for chat templates."""
+    max_length: int = Field(512, ge=8)
+    """Longest input in tokens; longer ones are cut at the end, and a sample left without a response is not used."""
+    loss_on: Literal["response", "all"] = "response"
+    """Which tokens count in the loss of a causal language model."""
+    labels: list[str] | None = None
+    """Class or tag names in their order; found in the data where null."""
+    second_text: str | None = None
+    """Column of the second text of a pair, for classification."""
