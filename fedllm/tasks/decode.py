@@ -82,7 +82,7 @@ def _decoder(
     if adapted.accepts("position_ids"):
         inputs["position_ids"] = positions
     output = adapted.call(inputs, use_cache=True)
-    virtual = output.past_key_values.get_seq_length() - longest
+    virtual = _cache(output).get_seq_length() - longest
     mask = torch.cat([mask.new_ones(len(encoded), virtual), mask], 1)
     following = positions[:, -1:] + 1 + virtual
     written: list[list[int]] = [[] for _ in encoded]
@@ -98,7 +98,7 @@ def _decoder(
         step = {"input_ids": chosen.unsqueeze(1), "attention_mask": mask}
         if adapted.accepts("position_ids"):
             step["position_ids"] = following
-        output = adapted.model(**step, past_key_values=output.past_key_values, use_cache=True)
+        output = adapted.model(**step, **adapted.cache(_cache(output)), use_cache=True)
         following = following + 1
     return written
 
@@ -120,7 +120,7 @@ def _encoder_decoder(
     done = torch.zeros(len(encoded), dtype=torch.bool, device=device)
     for _ in range(max_tokens):
         output = model(
-            encoder_outputs=hidden, attention_mask=mask, decoder_input_ids=token, past_key_values=cache, use_cache=True
+            encoder_outputs=hidden, attention_mask=mask, decoder_input_ids=token, use_cache=True, **adapted.cache(cache)
         )
         chosen = pick(output.logits[:, -1])
         for row, found in enumerate(chosen.tolist()):
@@ -128,8 +128,14 @@ def _encoder_decoder(
         done |= chosen == tokenizer.eos_token_id
         if bool(done.all()):
             break
-        token, cache = chosen.unsqueeze(1), output.past_key_values
+        token, cache = chosen.unsqueeze(1), _cache(output)
     return written
+
+
+def _cache(output: Any) -> Any:
+    """The key-value cache of an output, whatever this version of transformers calls it."""
+    found = dict(output)
+    return found["cache"] if "cache" in found else found["past_key_values"]
 
 
 def _until_end(ids: list[int], end: int | None) -> list[int]:

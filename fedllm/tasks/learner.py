@@ -207,7 +207,7 @@ class TransformerLearner:
         """Logits of every label [M, C] and the row each belongs to [M]."""
         rows, positions = batch.where
         if not self.task.per_token:
-            return self.adapted.call(batch.inputs).logits, rows
+            return self.adapted.call(batch.inputs).logits[rows], rows
         positions = positions + (0 if self.adapted.binding.params is None else self.adapted.offset)
         if self._selective:
             with self._select.only(rows, positions):

@@ -202,14 +202,14 @@ class SequenceClassification(Task):
         self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int
     ) -> list[dict[str, float]]:
         """loss, examples, and the confusion counts of macro-F1."""
-        losses = self.loss_rows(logits, labels, owner, rows).tolist()
-        metric = MacroF1(self.labels or [])
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none").tolist()
         names = self.labels or []
-        guesses = logits.argmax(-1).tolist()
-        return [
-            {"loss": loss, "examples": 1.0, **metric.count([names[guess]], [names[label]])}
-            for loss, guess, label in zip(losses, guesses, labels.tolist(), strict=True)
-        ]
+        metric, found = MacroF1(names), [{} for _ in range(rows)]
+        for row, loss, guess, label in zip(
+            owner.tolist(), losses, logits.argmax(-1).tolist(), labels.tolist(), strict=True
+        ):
+            found[row] = {"loss": loss, "examples": 1.0, **metric.count([names[guess]], [names[label]])}
+        return found
 
     def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
         """accuracy, macro_f1 over the global label set, loss."""

@@ -115,6 +115,10 @@ class Adapted:
             inputs = self._prefixed(inputs, bound)
         return self.model(**inputs, **options)
 
+    def cache(self, value: Any) -> dict[str, Any]:
+        """The key-value cache as an argument: its name changed with transformers 5.2x."""
+        return {"cache" if self.accepts("cache") else "past_key_values": value}
+
     def accepts(self, name: str) -> bool:
         """Whether the model's forward takes an argument called `name`."""
         return name in self._accepts
@@ -169,8 +173,9 @@ class Adapted:
             self._attached.append(modules[name].register_forward_hook(hook))
 
     def _attach_prompt(self, modules: dict[str, nn.Module]) -> None:
-        if is_encoder_decoder(self.model) or not self.accepts_embeddings():
-            raise self._unfit("a soft prompt", "decoder-only and BERT-like models")
+        last_token = self.loaded.kind == "sequence-classification" and "score" in (head(self.model) or [])
+        if is_encoder_decoder(self.model) or not self.accepts("inputs_embeds") or last_token:
+            raise self._unfit("a soft prompt", "causal language models and BERT-like encoders")
         size = hidden_size(self.model)
         stream = torch_stream(self.seed, "init", "prompt")
         table = input_embedding(self.model).weight.detach().float().cpu()
@@ -179,9 +184,13 @@ class Adapted:
         self.offset = self.settings.tokens
 
     def _attach_prefix(self, modules: dict[str, nn.Module]) -> None:
-        if not self.accepts("past_key_values") or is_encoder_decoder(self.model) or self.loaded.kind != "causal-lm":
+        if (
+            not (self.accepts("cache") or self.accepts("past_key_values"))
+            or is_encoder_decoder(self.model)
+            or self.loaded.kind != "causal-lm"
+        ):
             raise self._unfit("a prefix", "decoder-only causal language models")
-        if getattr(self.model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules.values()):
             raise ModelError(
                 "A prefix needs the key-value cache, which gradient checkpointing switches off.",
                 action="Set model.gradient_checkpointing=false, or use adapter.kind=prompt.",
@@ -222,10 +231,6 @@ class Adapted:
 
     # -- call-level kinds ---------------------------------------------------------------------------------------------
 
-    def accepts_embeddings(self) -> bool:
-        """Whether the model can be run from input embeddings."""
-        return self.accepts("inputs_embeds")
-
     def _prompted(self, inputs: dict[str, torch.Tensor], prompt: torch.Tensor) -> dict[str, torch.Tensor]:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         embedded = input_embedding(self.model)(ids)
@@ -259,7 +264,7 @@ class Adapted:
         positions = _positions(inputs, length)
         if "position_ids" in inputs:
             positions["position_ids"] = positions["position_ids"][:, length:]
-        return {**inputs, "past_key_values": cache, "attention_mask": torch.cat([ones, mask], 1), **positions}
+        return {**inputs, **self.cache(cache), "attention_mask": torch.cat([ones, mask], 1), **positions}
 
     # -- first values -------------------------------------------------------------------------------------------------
 

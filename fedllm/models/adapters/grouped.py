@@ -54,7 +54,7 @@ def lora_hook(binding: Binding, name: str, scale: float, dropout: float) -> Hook
         b = binding.params[f"{name}.lora_B"]  # type: ignore[index]
         x = binding.grouped(args[0]).to(a.dtype)
         if dropout and binding.seeds is not None:
-            x = x * _keep(x, name, dropout, binding.seeds)
+            x = x * _keep(args[0], name, dropout, binding.seeds).view(x.shape).to(x.dtype)
         low = torch.bmm(x, a.transpose(1, 2))
         flat = output.reshape(binding.width, -1, output.shape[-1])
         if flat.dtype == low.dtype:
@@ -65,12 +65,19 @@ def lora_hook(binding: Binding, name: str, scale: float, dropout: float) -> Hook
 
 
 def _keep(x: torch.Tensor, name: str, dropout: float, seeds: Sequence[int]) -> torch.Tensor:
-    """A dropout mask [K, n, d] scaled by 1 / (1 - p); a function of each client's seed and the layer's name alone."""
+    """A dropout mask of the shape of x, scaled by 1 / (1 - p).
+
+    Every row has its own stream, a function of its client's seed, the layer's name and its place in the client's
+    batch: neither other clients nor padding behind the row's end change what is drawn.
+    """
+    rows, stream = x.shape[0] // len(seeds), torch.Generator("cpu")
     masks = []
     for seed in seeds:
-        stream = torch.Generator("cpu").manual_seed(derive(seed, name))
-        masks.append(torch.rand(x.shape[1:], generator=stream) >= dropout)
-    return torch.stack(masks).to(x.device, x.dtype) / (1.0 - dropout)
+        first = derive(seed, name)
+        for row in range(rows):
+            stream.manual_seed((first + row) % 2**63)
+            masks.append(torch.rand(x.shape[1:], generator=stream) >= dropout)
+    return torch.stack(masks).to(x.device, torch.float32) / (1.0 - dropout)
 
 
 def scale_hook(binding: Binding, name: str) -> Hook:
