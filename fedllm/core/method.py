@@ -101,6 +101,12 @@ class Method(BaseModel):
         report = await client.score(received.params)
         return Upload(None, weight=client.size, metrics=report.metrics)
 
+    @on_client
+    async def evaluate_base(self, client: Client, received: Received) -> Upload:
+        """The same measurement of the base model, without any trained tensor."""
+        report = await client.score(None)
+        return Upload(None, weight=client.size, metrics=report.metrics)
+
     @classmethod
     def client_functions(cls) -> dict[str, Callable[..., Any]]:
         """The functions a server may ask clients to run, by name."""

@@ -52,10 +52,14 @@ URGENCY = {
 _FIRST_DAY = datetime.date(2019, 1, 1)
 _DAYS = 365 * 8
 _SURNAMES = (
-    "Abbott Barlow Carver Dalton Ellery Farrow Gibson Hollis Irving Jarvis Keller Lambert Mercer Norton Osborne "
-    "Parker Quincy Radley Sawyer Turner Upton Vance Wexler Yates"
-).split()
-_PLACES = "Ashford Belmont Carlow Dunmore Eastleigh Fairview Glenwood Hampton Kingsley Langley Milton Newport".split()
+    "Abbott", "Barlow", "Carver", "Dalton", "Ellery", "Farrow", "Gibson", "Hollis", "Irving", "Jarvis",
+    "Keller", "Lambert", "Mercer", "Norton", "Osborne", "Parker", "Quincy", "Radley", "Sawyer",
+    "Turner", "Upton", "Vance", "Wexler", "Yates",
+)  # fmt: skip
+_PLACES = (
+    "Ashford", "Belmont", "Carlow", "Dunmore", "Eastleigh", "Fairview", "Glenwood", "Hampton",
+    "Kingsley", "Langley", "Milton", "Newport",
+)  # fmt: skip
 
 
 def _ordinal(day: int) -> str:
@@ -224,7 +228,10 @@ _FORMS = (
                 ("{}",),
             ),
         },
-        ("Driver {name}.", "Route via {place}.", "Box {number} of the lot.", "Ring the bell twice.", "Tail lift on board."),
+        (
+            "Driver {name}.", "Route via {place}.", "Box {number} of the lot.",
+            "Ring the bell twice.", "Tail lift on board.",
+        ),
     ),
     _Form(
         Organisation("insurer", "Harbour Insurance", "claims"),

@@ -38,6 +38,7 @@ class LocalWorker:
         rows: where clients' rows come from.
         seed: the run's seed.
         private_folder: where private stores are written; None keeps them in memory.
+        debug: let an exception inside client code through instead of answering with an error.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class LocalWorker:
         rows: Rows,
         seed: int,
         private_folder: Path | None = None,
+        debug: bool = False,
     ) -> None:
         self.learner, self.algorithm, self.rows, self.seed = learner, algorithm, rows, seed
+        self.debug = debug
         self.functions = algorithm.client_functions()
         self.private = PrivateStore(algorithm.private, private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
@@ -63,6 +66,8 @@ class LocalWorker:
             cost = {**turn.cost, "seconds": time.perf_counter() - begun}
             if isinstance(outcome, Upload):
                 yield Reply(ids[turn.client], turn.client, encode(outcome), None, cost)
+            elif self.debug:
+                raise outcome
             else:
                 self.private.drop(turn.client)
                 yield Reply(ids[turn.client], turn.client, None, _reason(outcome), cost)
@@ -146,7 +151,6 @@ class LocalEngine:
 
     def __init__(self, worker: LocalWorker, client_ids: Sequence[str], width: int = 1) -> None:
         self.worker, self._ids, self.width = worker, list(client_ids), width
-        self.faults: list[BaseException] = []
 
     @property
     def client_ids(self) -> Sequence[str]:

@@ -70,9 +70,7 @@ class Place(NamedTuple):
     toy: str | None = None
 
 
-def load_model(
-    settings: ModelSettings, kind: Kind, labels: Sequence[str] | int | None = None, seed: int = 0
-) -> Loaded:
+def load_model(settings: ModelSettings, kind: Kind, labels: Sequence[str] | int | None = None, seed: int = 0) -> Loaded:
     """Load the model and tokenizer that `settings` name, frozen, without dropout, in evaluation mode.
 
     Args:
@@ -581,7 +579,9 @@ def _explanation(error: Exception, settings: ModelSettings, place: Place, what: 
             f"Ask at https://huggingface.co/{name}, then set HF_TOKEN or run 'hf auth login'.",
         )
     if "RevisionNotFoundError" in classes:
-        return says(f"The {what} '{name}' has no revision '{settings.revision}'.", "Give a branch, tag or commit of it.")
+        return says(
+            f"The {what} '{name}' has no revision '{settings.revision}'.", "Give a branch, tag or commit of it."
+        )
     near = nearest(name, [*BUNDLED, *(toy.PREFIX + family for family in toy.KINDS)])
     if classes & {"RepositoryNotFoundError", "HFValidationError"}:
         return says(

@@ -260,9 +260,7 @@ def _optimizer(model: LlamaForCausalLM, plan: Plan) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=True)
 
 
-def fit(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t0: Sequence[Record], plan: Plan
-) -> Progress:
+def fit(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t0: Sequence[Record], plan: Plan) -> Progress:
     """Train in place: float32 master weights, bfloat16 matrix products, AdamW, gradient norm at most 1."""
     loss_of: Any = torch.compile(weighted_loss, dynamic=False) if plan.compiled else weighted_loss
     optimizer = _optimizer(model, plan)
@@ -286,9 +284,7 @@ def fit(
         progress.tokens += int((weights > 0).sum())
         progress.losses.append(loss.item())
         if not math.isfinite(progress.losses[-1]):
-            raise ConfigError(
-                f"The loss is {progress.losses[-1]} at step {progress.steps}.", action="Lower --lr."
-            )
+            raise ConfigError(f"The loss is {progress.losses[-1]} at step {progress.steps}.", action="Lower --lr.")
         progress.seconds = now - begun
         if now - shown > 15.0:
             shown = now

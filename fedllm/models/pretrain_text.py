@@ -18,26 +18,40 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
 )  # fmt: skip
-_ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh st t tr v w z".split()
-_VOWELS = "a e i o u ai ea ia io oa ou".split()
+_ONSETS = (
+    "b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p",
+    "pr", "qu", "r", "s", "sh", "st", "t", "tr", "v", "w", "z",
+)  # fmt: skip
+_VOWELS = (
+    "a", "e", "i", "o", "u", "ai", "ea", "ia", "io", "oa", "ou",
+)  # fmt: skip
 _CODAS = ["", "", "", "l", "n", "r", "s", "t", "nd", "rt", "x", "m"]
 _FIRST = (
-    "Anna Omar Lucia Peter Mei Igor Sara Tomas Aisha John Elena Kofi Nadia Paul Rosa Victor Yuki Clara Samuel Ines "
-    "David Leila Marco Hana Oscar Julia Amir Sofia Daniel Zoe"
-).split()
+    "Anna", "Omar", "Lucia", "Peter", "Mei", "Igor", "Sara", "Tomas", "Aisha", "John", "Elena", "Kofi",
+    "Nadia", "Paul", "Rosa", "Victor", "Yuki", "Clara", "Samuel", "Ines", "David", "Leila", "Marco",
+    "Hana", "Oscar", "Julia", "Amir", "Sofia", "Daniel", "Zoe",
+)  # fmt: skip
 _LAST = (
-    "Moreau Smith Okafor Rossi Tanaka Novak Haddad Jensen Silva Weber Kowalski Brown Garcia Ivanov Larsen Dubois "
-    "Mensah Ricci Klein Walker Costa Berg Singh Castro Young Fischer Ahmed Lindgren Marsh Petrov"
-).split()
-_COLOURS = "red blue green silver black white yellow orange grey brown purple golden".split()
+    "Moreau", "Smith", "Okafor", "Rossi", "Tanaka", "Novak", "Haddad", "Jensen", "Silva", "Weber",
+    "Kowalski", "Brown", "Garcia", "Ivanov", "Larsen", "Dubois", "Mensah", "Ricci", "Klein", "Walker",
+    "Costa", "Berg", "Singh", "Castro", "Young", "Fischer", "Ahmed", "Lindgren", "Marsh", "Petrov",
+)  # fmt: skip
+_COLOURS = (
+    "red", "blue", "green", "silver", "black", "white", "yellow", "orange", "grey", "brown", "purple",
+    "golden",
+)  # fmt: skip
 _THINGS = (
-    "lamp river basket window coat mirror piano garden bridge candle engine pillow ladder kettle anchor violin "
-    "blanket compass helmet saddle barrel curtain hammer lantern needle oven paddle rocket shovel tunnel wagon"
-).split()
+    "lamp", "river", "basket", "window", "coat", "mirror", "piano", "garden", "bridge", "candle",
+    "engine", "pillow", "ladder", "kettle", "anchor", "violin", "blanket", "compass", "helmet",
+    "saddle", "barrel", "curtain", "hammer", "lantern", "needle", "oven", "paddle", "rocket", "shovel",
+    "tunnel", "wagon",
+)  # fmt: skip
 _LABELS = (
-    "origin shape number place maker label owner size model name layer group part zone class source rank section "
-    "region branch version total kind station entry point route symbol target guide speed depth width trace pitch"
-).split()
+    "origin", "shape", "number", "place", "maker", "label", "owner", "size", "model", "name", "layer",
+    "group", "part", "zone", "class", "source", "rank", "section", "region", "branch", "version",
+    "total", "kind", "station", "entry", "point", "route", "symbol", "target", "guide", "speed",
+    "depth", "width", "trace", "pitch",
+)  # fmt: skip
 
 
 def _nonce(rng: random.Random, low: int = 2, high: int = 3) -> str:

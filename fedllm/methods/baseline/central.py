@@ -45,8 +45,7 @@ class Central(Method):
     async def work(self, client: Client, received: Received) -> Upload:
         """As many steps as a cohort takes."""
         budget = int(received.numbers["budget"])
-        train = self.train
-        if train.epochs is None:
-            train = train.model_copy(update={"steps": (train.steps or 10) * budget})
+        steps = self.train.step_count(max(1, client.size // client.population)) * budget
+        train = self.train.model_copy(update={"steps": steps, "epochs": None})
         report = await client.fit(received.params, train)
         return Upload(report.delta, weight=client.size, metrics=report.metrics)

@@ -1,0 +1,154 @@
+"""Compare - several methods over the same ground, budget and seeds; one table with mean and spread.
+
+Every method gets the same clients, batches, local steps and rounds; what differs in bytes and tokens stands in the
+table. Each seed draws partition, first values, cohorts and batches anew. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics as numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.errors import ConfigError
+from fedllm.engine.folder import RunFolder
+from fedllm.recipe import Recipe, load_recipe
+from fedllm.run import Data, Leg, Watch, base_row, environment, headline, method_of, new_folder, prepare
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        folder: where compare.json lies.
+        table: {"metric", "seeds", "rows": [{"method", "mean", "std", "values", "metrics", ...}]}.
+    """
+
+    folder: Path
+    table: dict[str, Any]
+
+    def value(self, method: str) -> float:
+        """The mean over seeds of a method's headline metric."""
+        row = next((row for row in self.table["rows"] if row["method"] == method), None)
+        if row is None:
+            raise ConfigError.unknown("method in this comparison", method, [r["method"] for r in self.table["rows"]])
+        return float(row["mean"])
+
+
+def compare(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    methods: Sequence[str],
+    seeds: int = 1,
+    overrides: Sequence[str] = (),
+    *,
+    data: Data | None = None,
+    folder: str | Path | None = None,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Run each method with each seed.
+
+    Args:
+        recipe: as for :func:`fedllm.run`; its section `methods` holds options by method.
+        methods: keys; "base" is the untrained base model.
+        seeds: how many seeds, counted up from the recipe's.
+        overrides: `key=value` texts.
+        data: data in memory.
+        folder: where results are kept; an interrupted comparison in it is continued.
+        watch: is told what happens.
+    """
+    settled, watch = load_recipe(recipe, overrides), watch or Watch()
+    if not methods or seeds < 1:
+        raise ConfigError(f"{len(methods)} methods and {seeds} seeds were given.", "At least one of each is needed.")
+    for key in methods:
+        if key != "base":
+            method_of(settled, key)
+    place = _place(settled, folder)
+    found: dict[str, list[dict[str, Any]]] = {key: [] for key in methods}
+    metric = ""
+    for number in range(seeds):
+        seeded = settled.model_copy(update={"seed": settled.seed + number})
+        ground = prepare(seeded, data)
+        metric = headline(ground)
+        if number == 0:
+            place.write_json("environment.json", environment(ground))
+            watch.begin(seeded, ground, place.path)
+        for key in methods:
+            name = f"{key}-seed{seeded.seed}"
+            if key == "base":
+                found[key].append({**base_row(ground), "up": 0, "down": 0, "tokens": 0, "steps": 0, "seconds": 0.0})
+                continue
+            leg = Leg(name, method_of(seeded, key), ground, place, watch)
+            if not asyncio.run(leg.play()):
+                raise KeyboardInterrupt
+            meter = leg.server.meter
+            spent = {"tokens": meter.tokens, "steps": meter.steps, "seconds": meter.seconds}
+            found[key].append({**leg.row(), "up": meter.total("up", "work"), "down": meter.total("down", "work"), **spent})
+    table = {
+        "name": settled.name,
+        "metric": metric,
+        "seeds": [settled.seed + number for number in range(seeds)],
+        "rounds": settled.rounds,
+        "rows": [_row(key, results, metric) for key, results in found.items()],
+    }
+    place.write_json("compare.json", table)
+    place.write_text("compare.md", to_markdown(table))
+    return Comparison(place.path, table)
+
+
+def to_markdown(table: dict[str, Any]) -> str:
+    """The table for a docs page."""
+    from fedllm.report.words import NAMES, bytes_text, value_text
+
+    metric = table["metric"]
+    others = [name for name in table["rows"][0]["metrics"] if name != metric]
+    head = ["method", NAMES.get(metric, metric), "mean over clients", "worst 10 %", *(NAMES.get(n, n) for n in others)]
+    head += ["bytes up", "tokens", "seconds"]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in table["rows"]:
+        spread = f" ± {value_text(metric, row['std'])}" if row["std"] is not None else ""
+        cells = [row["method"], value_text(metric, row["mean"]) + spread]
+        cells += [value_text(metric, row["client_mean"]), value_text(metric, row["worst"])]
+        cells += [value_text(name, row["metrics"][name]) for name in others]
+        cells += [bytes_text(row["up"]), f"{row['tokens']:,.0f}", f"{row['seconds']:.0f}"]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _place(recipe: Recipe, folder: str | Path | None) -> RunFolder:
+    path = Path(folder) if folder else new_folder(recipe.model_copy(update={"name": f"{recipe.name}-compare"}))
+    if (path / "recipe.yaml").exists():
+        before = load_recipe(path / "recipe.yaml")
+        if before != recipe:
+            raise ConfigError(
+                f"{path} holds a comparison of another recipe.", action="Give another folder, or the same recipe."
+            )
+        return RunFolder.open(path)
+    place = RunFolder.create(path)
+    place.write_text("recipe.yaml", recipe.to_yaml())
+    return place
+
+
+def _row(key: str, results: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """One method: mean and spread over seeds."""
+    values = [result["pooled"].get(metric) for result in results]
+    known = [value for value in values if value is not None]
+    names = [name for name in results[0]["pooled"] if name != "n"]
+    return {
+        "method": key,
+        "values": values,
+        "mean": numbers.fmean(known) if known else None,
+        "std": numbers.stdev(known) if len(known) > 1 else None,
+        "client_mean": _mean([result["summary"].get("mean") for result in results]),
+        "worst": _mean([result["summary"].get("worst_10_percent") for result in results]),
+        "metrics": {name: _mean([result["pooled"].get(name) for result in results]) for name in names},
+        **{name: _mean([result[name] for result in results]) for name in ("up", "down", "tokens", "steps", "seconds")},
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return numbers.fmean(known) if known else None

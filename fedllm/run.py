@@ -1,0 +1,497 @@
+"""Run - START HERE: from recipe to report, top to bottom.
+
+A run is one or more legs over the same ground (data, base model, task): the federation itself and what it is compared
+with - the base model, each client alone, all data pooled. Every leg is a method played round by round; see
+fedllm/engine/rounds.py for what happens in a round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.errors import ConfigError, RoundFailed
+from fedllm.core.message import Received
+from fedllm.core.meter import Meter, peak_memory
+from fedllm.core.method import Method
+from fedllm.core.seeds import numpy_stream
+from fedllm.core.server import Server
+from fedllm.core.settings import merge, read
+from fedllm.core.state import State
+from fedllm.core.tensors import Tensors, count
+from fedllm.core.train import Train
+from fedllm.data.federation import Federation
+from fedllm.data.statistics import statistics
+from fedllm.engine.folder import Checkpoint, RunFolder
+from fedllm.engine.local import LocalEngine, LocalWorker
+from fedllm.engine.rounds import RoundRecord, evaluate, play_round
+from fedllm.engine.width import Width, choose
+from fedllm.evaluate.clients import summarise
+from fedllm.methods import find
+from fedllm.methods.baseline.central import EVERYONE
+from fedllm.recipe import Recipe, load_recipe
+from fedllm.report.page import write_report
+from fedllm.report.tracking import open_trackers
+from fedllm.report.words import sentences
+from fedllm.tasks.learner import TransformerLearner
+
+FAILED_LIMIT = 3
+"""So many failed rounds in a row end a run."""
+
+Data = Federation | Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+"""Data given in Python: a Federation, or client id -> {"train": rows, "eval": rows}."""
+
+
+class Watch:
+    """What a run tells while it goes on; subclass it to show progress. `stop` ends the run after the current round."""
+
+    stop: bool = False
+
+    def begin(self, recipe: Recipe, ground: Ground, folder: Path) -> None:
+        """Everything is loaded."""
+
+    def leg(self, name: str, rounds: int, begun: int) -> None:
+        """A leg begins (or goes on after round `begun`)."""
+
+    def round(self, name: str, record: RoundRecord, values: Mapping[str, float | None] | None) -> None:
+        """A round is over; `values` are the pooled metrics where it was measured."""
+
+    def end(self, result: Result) -> None:
+        """The run is over."""
+
+
+@dataclass
+class Ground:
+    """What every leg of a run shares.
+
+    Attributes:
+        recipe: the recipe.
+        federation: whose data.
+        learner: base model, adapter and task.
+        width: how many clients share a pass.
+        measured: the clients that have held-out data (and are to be measured).
+        warnings: what a user should know.
+    """
+
+    recipe: Recipe
+    federation: Federation
+    learner: TransformerLearner
+    width: Width
+    measured: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found.
+
+    Attributes:
+        folder: the run folder.
+        table: the content of result.json.
+        state: the last state of the federation.
+        finished: False where the run was stopped before its last round.
+    """
+
+    folder: Path
+    table: dict[str, Any]
+    state: State
+    finished: bool
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the numbers mean, in plain words."""
+        return list(self.table["sentences"])
+
+    def value(self, model: str = "federated", metric: str | None = None) -> float | None:
+        """The pooled value of a metric (the headline metric where None)."""
+        row = next((row for row in self.table["rows"] if row["model"] == model), None)
+        if row is None:
+            raise ConfigError.unknown("model in this result", model, [row["model"] for row in self.table["rows"]])
+        return row["pooled"].get(metric or self.table["metric"])
+
+
+def run(
+    recipe: str | Path | dict[str, Any] | Recipe = "quickstart",
+    overrides: Sequence[str] = (),
+    *,
+    data: Data | None = None,
+    folder: str | Path | None = None,
+    watch: Watch | None = None,
+    debug: bool = False,
+) -> Result:
+    """Play a recipe from beginning to end.
+
+    Args:
+        recipe: a file, the name of a bundled recipe, a mapping or a :class:`~fedllm.recipe.Recipe`.
+        overrides: `key=value` texts, for example "train.lr=0.001".
+        data: data in memory instead of what the recipe names.
+        folder: the run folder; by default a new one under `recipe.runs`.
+        watch: is told what happens.
+        debug: let an exception inside a client's code through instead of counting the client as lost.
+    """
+    settled = load_recipe(recipe, overrides)
+    method_of(settled)
+    ground = prepare(settled, data)
+    place = RunFolder.create(Path(folder) if folder else new_folder(settled))
+    place.write_text("recipe.yaml", settled.to_yaml())
+    place.write_json("environment.json", environment(ground))
+    place.write_json("partition.json", statistics(ground.federation).to_dict())
+    return play(ground, place, watch or Watch(), debug)
+
+
+def resume(folder: str | Path, *, data: Data | None = None, watch: Watch | None = None, debug: bool = False) -> Result:
+    """Play an interrupted run to its end; the result has the same bits as if it had never been interrupted."""
+    place = RunFolder.open(Path(folder))
+    settled = load_recipe(place.path / "recipe.yaml")
+    ground = prepare(settled, data)
+    _same_ground(place, ground)
+    return play(ground, place, watch or Watch(), debug)
+
+
+def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
+    """Load data, model, adapter and task; everything that can be refused is refused here."""
+    if data is None:
+        federation = Federation.build(recipe.data, recipe.seed)
+    else:
+        federation = data if isinstance(data, Federation) else Federation.of(data)
+    cohort = recipe.cohort_size(len(federation.client_ids))
+    learner = build_learner(recipe, labels_of(federation, recipe))
+    train = method_of(recipe).train
+    measured = [client for client in federation.client_ids if federation.size(client, "eval")]
+    if recipe.evaluation.clients is not None and recipe.evaluation.clients < len(measured):
+        stream = numpy_stream(recipe.seed, "measured")
+        measured = sorted(stream.choice(measured, recipe.evaluation.clients, replace=False).tolist())
+    warnings = [*federation.warnings, *learner.notes]
+    return Ground(
+        recipe, federation, learner, choose(recipe.cohort_width, learner, federation, train, cohort), measured, warnings
+    )
+
+
+def build_learner(recipe: Recipe, labels: Sequence[str] | None) -> TransformerLearner:
+    """The base model with its adapter and task."""
+    from fedllm.models.load import load_model
+
+    loaded = load_model(recipe.model, recipe.task.kind, labels=labels, seed=recipe.seed)
+    return TransformerLearner(loaded, recipe.task, recipe.adapter, labels, recipe.seed)
+
+
+def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
+    """Class or tag names: those of the recipe, or all that occur in the data, sorted."""
+    if recipe.task.kind not in ("sequence-classification", "token-classification"):
+        return None
+    if recipe.task.labels is not None:
+        return recipe.task.labels
+    column = "label" if recipe.task.kind == "sequence-classification" else "tags"
+    found: set[str] = set()
+    for client in federation.client_ids:
+        for split in ("train", "eval"):
+            for row in federation.rows(client, split):
+                values = row.get(column) if column == "tags" else [row.get(column)]
+                found.update(str(value) for value in values or () if value is not None)
+    if not found:
+        raise ConfigError(
+            f"The task {recipe.task.kind} needs the column '{column}', and no row has it.",
+            action=f"Map yours: data.columns.{column}=YOUR_COLUMN.",
+        )
+    return sorted(found)
+
+
+def method_of(recipe: Recipe, key: str | None = None) -> Method:
+    """The recipe's method, or another one under the same training settings; refuses what cannot be combined."""
+    options = dict(recipe.method)
+    name = str(options.pop("name", "fedavg"))
+    if key is not None and key != name:
+        name, options = key, {}
+    kind = find(name)
+    options = merge(options, recipe.methods.get(name, {}))
+    default = kind.model_fields["train"].default
+    changed = {n: getattr(default, n) for n in default.model_fields_set}
+    train = merge(merge(changed, recipe.train), options.pop("train", {}))
+    method = read(kind, {**options, "train": read(Train, train, "train").model_dump(exclude_unset=True)}, "method")
+    if kind.adapters and recipe.adapter.kind not in kind.adapters:
+        raise ConfigError(
+            f"The method {name} cannot train adapter.kind={recipe.adapter.kind}.",
+            f"Allowed: {', '.join(kind.adapters)}.",
+            kind.adapters[0],
+        )
+    if "any" not in kind.card.models and recipe.task.kind not in kind.card.models:
+        raise ConfigError(
+            f"The method {name} does not work on task.kind={recipe.task.kind}.",
+            f"Allowed: {', '.join(kind.card.models)}.",
+            kind.card.models[0],
+        )
+    return method
+
+
+def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -> Result:
+    """Play all legs, going on from what the folder already holds; then the result and the report."""
+    recipe, begun = ground.recipe, time.perf_counter()
+    watch.begin(recipe, ground, folder.path)
+    names = {
+        "federated": method_of(recipe),
+        **{n: method_of(recipe, n) for n in recipe.evaluation.against if n != "base"},
+    }
+    legs = [Leg(name, method, ground, folder, watch, debug) for name, method in names.items()]
+    trackers = open_trackers(recipe.tracking, folder.path, recipe.model_dump(mode="json"))
+    try:
+        finished = all([asyncio.run(leg.play(trackers if leg.name == "federated" else [])) for leg in legs])
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    state = legs[0].state
+    from fedllm.models.adapters.export import save_adapter
+
+    save_adapter(folder.path / "adapter", ground.learner.adapted, {**legs[0].frozen, **state.params})
+    rows = ([base_row(ground)] if "base" in recipe.evaluation.against else []) + [leg.row() for leg in legs]
+    order = {"base": 0, "local": 1, "federated": 2, "central": 3}
+    table = _table(ground, sorted(rows, key=lambda row: order.get(row["model"], 9)), legs, folder, begun, finished)
+    folder.write_json("result.json", table)
+    write_report(folder.path)
+    result = Result(folder.path, table, state, finished)
+    watch.end(result)
+    return result
+
+
+class Leg:
+    """One method, played over the ground of a run.
+
+    Args:
+        name: "federated", "local", "central".
+        method: the method.
+        ground: what all legs share.
+        folder: the run folder.
+        watch: is told what happens.
+        debug: let exceptions inside client code through.
+    """
+
+    def __init__(
+        self, name: str, method: Method, ground: Ground, folder: RunFolder | None, watch: Watch, debug: bool = False
+    ) -> None:
+        self.name, self.method, self.ground, self.folder, self.watch = name, method, ground, folder, watch
+        recipe = ground.recipe
+        private = folder.private(name) if folder else None
+        self.worker = LocalWorker(ground.learner, method, Pooled(ground.federation), recipe.seed, private, debug)
+        engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width.clients)
+        self.server = Server(engine, recipe.seed, Meter(), recipe.rounds)
+        start = ground.learner.initial()
+        self.frozen: Tensors = {n: t for n, t in start.items() if not method.trainable(n)}
+        self.cohort = recipe.cohort_size(len(ground.federation.client_ids))
+        first = method.init({n: t for n, t in start.items() if method.trainable(n)})
+        self.state = State(first.params, first.memory, {**first.numbers, "cohort": self.cohort}, 0)
+        self.counts: dict[str, dict[str, float]] = {}
+        self.failures = 0
+
+    async def play(self, trackers: Sequence[Any] = ()) -> bool:
+        """Play the rounds that are left; True where the last one was reached."""
+        rounds, done = self.ground.recipe.rounds, self._restore()
+        self.watch.leg(self.name, rounds, self.state.round)
+        while self.state.round < rounds and not done:
+            if self.watch.stop:
+                break
+            await self._round(trackers)
+        if not self.counts:
+            self.counts = await evaluate(self.method, self.state, self.server, self.ground.measured)
+        return self.state.round >= rounds
+
+    async def _round(self, trackers: Sequence[Any]) -> None:
+        recipe, begun = self.ground.recipe, time.perf_counter()
+        self.state, record = await play_round(self.method, self.state, self.server, self.cohort, recipe.deadline)
+        every, last = recipe.evaluation.every, self.state.round == recipe.rounds
+        values, self.counts = None, {}
+        if last or (every and self.state.round % every == 0):
+            self.counts = await evaluate(self.method, self.state, self.server, self.ground.measured)
+            values = self.ground.learner.values(pool(self.counts.values()))
+        self.server.meter.seconds += time.perf_counter() - begun
+        self._log(record, values)
+        numbers = {k: v for k, v in {"loss": record.loss, **(values or {})}.items() if v is not None}
+        for tracker in trackers:
+            tracker.log(numbers, self.state.round)
+        self._save(last)
+        self.watch.round(self.name, record, values)
+        self.failures = self.failures + 1 if record.failed else 0
+        if self.failures >= FAILED_LIMIT or (record.failed and self.state.round == 1):
+            reasons = [entry["reason"] for entry in (*record.rejected, *record.lost)]
+            raise RoundFailed(
+                f"Round {record.round} of '{self.name}' failed: {record.failed}.",
+                f"First reason: {reasons[0]}" if reasons else "",
+                action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
+            )
+
+    def _log(self, record: RoundRecord, values: Mapping[str, float | None] | None) -> None:
+        if self.folder is None:
+            return
+        self.folder.log({**record.to_json(), "model": self.name})
+        if values is not None:
+            by_client = {c: {"n": n.get("examples"), **self._values(n)} for c, n in self.counts.items()}
+            pooled = {"n": pool(self.counts.values()).get("examples"), **values}
+            event = {"event": "evaluation", "round": record.round, "model": self.name}
+            self.folder.log({**event, "pooled": pooled, "clients": by_client})
+
+    def _values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
+        return self.ground.learner.values(counts)
+
+    def _save(self, done: bool) -> None:
+        if self.folder is None:
+            return
+        private = self.worker.private
+        checkpoint = Checkpoint(self.state, self.server.meter, private.manifest(), self.folder.metrics_bytes(), done)
+        self.folder.save(self.name, checkpoint)
+        private.prune(self.folder.manifests(self.name))
+
+    def _restore(self) -> bool:
+        """Go on from the last checkpoint; True where the leg is already finished."""
+        checkpoint = self.folder.load(self.name) if self.folder else None
+        if checkpoint is None or self.folder is None:
+            return False
+        self.state, self.server.meter = checkpoint.state, checkpoint.meter
+        self.worker.private.restore(checkpoint.private)
+        if not checkpoint.done:
+            self.folder.cut_metrics(checkpoint.metrics_bytes)
+        return checkpoint.done
+
+    def row(self) -> dict[str, Any]:
+        """This leg's row of the result table."""
+        labels = {"federated": f"Federated ({self.method.key})", "local": "Each alone", "central": "All data pooled"}
+        return _row(self.ground, self.name, labels.get(self.name, self.name), self.counts)
+
+
+class Pooled:
+    """The federation's rows, and all of them together as the client `everyone` (for the method central)."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation, self.client_ids = federation, federation.client_ids
+
+    def size(self, client_id: str, split: str = "train") -> int:
+        """Rows of a split."""
+        if client_id == EVERYONE:
+            return sum(self.federation.size(client, split) for client in self.client_ids)
+        return self.federation.size(client_id, split)
+
+    def rows(self, client_id: str, split: str = "train") -> Sequence[Mapping[str, Any]]:
+        """The rows of a split."""
+        return self.federation.pooled(split) if client_id == EVERYONE else self.federation.rows(client_id, split)
+
+
+def pool(counts: Any) -> dict[str, float]:
+    """The sum of additive counts."""
+    total: dict[str, float] = {}
+    for found in counts:
+        for name, value in found.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def headline(ground: Ground) -> str:
+    """The metric that decides."""
+    wanted, names = ground.recipe.evaluation.metric, ground.learner.score_names
+    if wanted is not None and wanted not in names:
+        raise ConfigError.unknown("metric of this task", wanted, names)
+    return wanted or names[0]
+
+
+def _row(ground: Ground, model: str, label: str, counts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    metric, values = headline(ground), ground.learner.values
+    clients = {c: {"n": n.get("examples"), **values(n)} for c, n in sorted(counts.items())}
+    total = pool(counts.values())
+    summary = (
+        summarise(clients, metric, higher_is_better=metric not in ("loss", "perplexity")).to_dict() if clients else {}
+    )
+    pooled = {"n": total.get("examples", 0.0), **(values(total) if total else {})}
+    return {"model": model, "label": label, "clients": clients, "pooled": pooled, "summary": summary}
+
+
+def base_row(ground: Ground) -> dict[str, Any]:
+    """The base model, measured at the same clients."""
+    method = method_of(ground.recipe, "fedavg")
+    worker = LocalWorker(ground.learner, method, ground.federation, ground.recipe.seed)
+    server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width.clients), ground.recipe.seed)
+
+    async def ask() -> dict[str, dict[str, float]]:
+        payloads = ((client, Received()) for client in ground.measured)
+        answers = server.ask(method.evaluate_base, payloads)
+        return {a.client: {n: total for n, (total, _) in a.upload.metrics.items()} async for a in answers}
+
+    return _row(ground, "base", "Base model", asyncio.run(ask()))
+
+
+def _table(
+    ground: Ground, rows: list[dict[str, Any]], legs: Sequence[Leg], folder: RunFolder, begun: float, finished: bool
+) -> dict[str, Any]:
+    recipe, metric, first = ground.recipe, headline(ground), legs[0]
+    meter = first.server.meter
+    dropped = [f"{n} rows were left out: {reason}." for reason, n in ground.learner.task.dropped.items()]
+    table: dict[str, Any] = {
+        "name": recipe.name,
+        "about": recipe.about,
+        "method": first.method.key,
+        "rounds": first.state.round,
+        "finished": finished,
+        "metric": metric,
+        "higher_is_better": metric not in ("loss", "perplexity"),
+        "rows": rows,
+        "clients": {client: ground.federation.names.get(client, client) for client in ground.federation.client_ids},
+        "bytes": {"up": meter.total("up", "work"), "down": meter.total("down", "work")},
+        "tokens": meter.tokens,
+        "seconds": time.perf_counter() - begun,
+        "cohort_width": {"clients": ground.width.clients, "why": ground.width.why},
+        "peak_memory": peak_memory(),
+        "files": {
+            "adapter": str(folder.path / "adapter"),
+            "metrics": str(folder.path / "metrics.jsonl"),
+            "report": str(folder.path / "report.html"),
+        },
+        "warnings": [*ground.warnings, *dropped],
+    }
+    return {**table, "sentences": sentences(table)}
+
+
+def new_folder(recipe: Recipe) -> Path:
+    """runs/NAME, or runs/NAME-2, ... where that is taken."""
+    first = Path(recipe.runs) / recipe.name
+    tries = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in range(1, 10_000))
+    return next(path for path in tries if not path.exists())
+
+
+def environment(ground: Ground) -> dict[str, Any]:
+    """What ran, on what."""
+    loaded = ground.learner.loaded
+    return {
+        "versions": {name: _version(name) for name in ("fedllm", "torch", "transformers", "datasets", "safetensors")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(ground.learner.device),
+        "seed": ground.recipe.seed,
+        "model": {
+            "name": loaded.name,
+            "family": loaded.family,
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "trainable": count(ground.learner.initial()),
+            "fingerprint": loaded.fingerprint,
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _same_ground(folder: RunFolder, ground: Ground) -> None:
+    """Warn where a resumed run stands on another base model or other versions; refuse another base model."""
+    before, now = folder.read_json("environment.json") or {}, environment(ground)
+    if before.get("model", {}).get("fingerprint") not in (None, now["model"]["fingerprint"]):
+        raise ConfigError(
+            "The base model is not the one this run began with: its weights differ.",
+            action="Restore the earlier weights, or start a new run.",
+        )
+    changed = [n for n, v in now["versions"].items() if before.get("versions", {}).get(n) not in (None, v)]
+    if changed:
+        ground.warnings.append(f"Resumed with other versions of {', '.join(changed)}: the last bits may differ.")
