@@ -46,7 +46,8 @@ class ConfigError(FedLLMError):
     def unknown(cls, kind: str, word: str, choices: Iterable[str], action: str = "") -> ConfigError:
         """An unknown name: lists what exists and the nearest choice."""
         listed = sorted(str(choice) for choice in choices)
-        return cls(f"There is no {kind} '{word}'.", f"Allowed: {', '.join(listed)}.", nearest(word, listed), action)
+        allowed = f"Allowed: {', '.join(listed) or 'none'}."
+        return cls(f"There is no {kind} '{word}'.", allowed, nearest(word, listed), action)
 
 
 class DataError(FedLLMError):

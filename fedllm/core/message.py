@@ -30,7 +30,9 @@ class Part:
     """Whether the sum of two such parts has a meaning (so that secure sums may form it)."""
 
     def __init_subclass__(cls) -> None:
-        if not cls.kind or cls.kind in PARTS:
+        other = PARTS.get(cls.kind)
+        again = other is not None and (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not cls.kind or (other is not None and not again):
             raise ConfigError(f"The part class {cls.__name__} needs a kind of its own; '{cls.kind}' is taken or empty.")
         PARTS[cls.kind] = cls
 
@@ -156,7 +158,9 @@ class Texts(Part):
     @classmethod
     def from_wire(cls, tensors: Tensors, facts: Json) -> Texts:
         """See :class:`Part`."""
-        return cls(tuple(str(text) for text in facts))
+        if not isinstance(facts, list) or not all(isinstance(text, str) for text in facts):
+            raise ValueError("texts must be a list of strings")
+        return cls(tuple(facts))
 
 
 def as_part(value: Part | Mapping[str, torch.Tensor]) -> Part:

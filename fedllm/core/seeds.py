@@ -14,8 +14,12 @@ import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the stream called `names` of the run seed `seed` (SHA-256, stable across machines)."""
-    text = "\x1f".join([str(int(seed)), *(f"{type(name).__name__}:{name}" for name in names)])
+    """A 63-bit seed for the stream called `names` of the run seed `seed` (SHA-256, stable across machines).
+
+    Different names give different seeds; a NumPy integer is the same name as the int it equals.
+    """
+    typed = (f"str:{name}" if isinstance(name, str) else f"int:{int(name)}" for name in names)
+    text = "\x1f".join([str(int(seed)), *(name.replace("\x1f", "\x1f\x1f") for name in typed)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -15,34 +15,50 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedllm.core.errors import DecodeError
+from fedllm.core.errors import ConfigError, DecodeError, FedLLMError
 from fedllm.core.message import PARTS, Message, Received, Upload
 
 VERSION = 1
 HEADER_LIMIT = 64 * 1024 * 1024
 """The largest header accepted, in bytes; a header names every tensor."""
 
+DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+)
+"""What may travel. Complex numbers and 8-bit floats may not: no reducer can add them up or tell a NaN in them."""
+DIMS_LIMIT = 16
+"""The most dimensions of a tensor that travels."""
+
 _CLASSES: dict[str, type[Message]] = {"message": Message, "received": Received, "upload": Upload}
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of `message`; the same message always gives the same bytes."""
+    """The bytes of `message`; the same message always gives the same bytes.
+
+    Raises:
+        ConfigError: a part name, a tensor or a number that cannot travel.
+    """
     tensors: dict[str, torch.Tensor] = {}
     parts: dict[str, Any] = {}
     for name, part in sorted(message.parts.items()):
+        if not name or "/" in name or name == "header":
+            raise ConfigError(f"A part cannot be called '{name}'.", "Allowed: any name without '/', but 'header'.")
         held, facts = part.to_wire()
         parts[name] = {"kind": part.kind, "facts": facts}
-        tensors.update({f"{name}/{key}": t.detach().to("cpu").contiguous() for key, t in held.items()})
+        tensors.update({f"{name}/{key}": _portable(f"{name}/{key}", t) for key, t in held.items()})
     structure: dict[str, Any] = {
         "version": VERSION,
-        "class": type(message).__name__.lower(),
+        "class": next((name for name, cls in _CLASSES.items() if cls is type(message)), None),
         "parts": parts,
         "numbers": message.numbers,
     }
     if isinstance(message, Upload):
         structure["weight"] = message.weight
         structure["metrics"] = {name: list(pair) for name, pair in message.metrics.items()}
-    return save(_unshared(tensors), {"fedllm": json.dumps(structure, sort_keys=True)})
+    if structure["class"] is None:
+        raise ConfigError(f"A message of class {type(message).__name__} cannot travel.", f"Allowed: {', '.join(_CLASSES)}.")
+    return save(_unshared(tensors), {"fedllm": _json(structure)})
 
 
 def decode(data: bytes) -> Message:
@@ -50,11 +66,11 @@ def decode(data: bytes) -> Message:
     structure = _structure(data)
     try:
         tensors = load(bytes(data))
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as fault:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AssertionError) as fault:
         raise DecodeError(f"The tensors of a message cannot be read ({type(fault).__name__}).") from fault
     try:
         return _build(structure, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as fault:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, FedLLMError) as fault:
         raise DecodeError(f"The structure of a message is malformed ({type(fault).__name__}: {fault}).") from fault
 
 
@@ -69,6 +85,28 @@ def size_by_part(data: bytes) -> dict[str, int]:
             part = name.split("/", 1)[0]
             sizes[part] = sizes.get(part, 0) + end - start
     return {**sizes, "header": len(data) - sum(sizes.values())}
+
+
+def _portable(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the CPU in one piece; raises :class:`ConfigError` where it cannot travel."""
+    if tensor.dtype not in DTYPES or tensor.dim() > DIMS_LIMIT:
+        raise ConfigError(
+            f"The tensor '{name}' is {tensor.dtype} in {tensor.dim()} dimensions and cannot travel.",
+            f"Allowed: {', '.join(sorted(str(dtype) for dtype in DTYPES))}, at most {DIMS_LIMIT} dimensions.",
+            action="Convert it first.",
+        )
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _json(structure: dict[str, Any]) -> str:
+    try:
+        return json.dumps(structure, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as fault:
+        raise ConfigError(
+            f"A message holds a value that cannot travel: {fault}.",
+            "Allowed: None, bool, int, float, str, and lists and string-keyed dicts of these.",
+            action="Convert NumPy numbers with int() or float().",
+        ) from fault
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -110,6 +148,8 @@ def _structure(data: bytes) -> dict[str, Any]:
 def _build(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
     by_part: dict[str, dict[str, torch.Tensor]] = {name: {} for name in structure["parts"]}
     for full, tensor in tensors.items():
+        if tensor.dtype not in DTYPES or tensor.dim() > DIMS_LIMIT:
+            raise ValueError(f"{tensor.dtype} in {tensor.dim()} dimensions")
         part, _, key = full.partition("/")
         by_part[part][key] = tensor
     parts = {
@@ -117,7 +157,7 @@ def _build(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Messa
         for name, entry in structure["parts"].items()
     }
     kind = _CLASSES[structure["class"]]
-    numbers = dict(structure["numbers"])
+    numbers = {**structure["numbers"]}
     if kind is Upload:
         weight = float(structure["weight"])
         if not math.isfinite(weight) or weight < 0:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedllm.core.errors import DecodeError, RunError
 from fedllm.core.message import Json, Message

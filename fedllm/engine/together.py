@@ -16,7 +16,7 @@ import torch
 
 from fedllm.core.errors import DataError, FedLLMError, RoundFailed
 from fedllm.core.seeds import derive, numpy_stream
-from fedllm.core.tensors import Tensors, subtract
+from fedllm.core.tensors import Tensors, finite, subtract
 from fedllm.core.train import Train
 from fedllm.core.work import Embed, Example, Fit, FitReport, Generate, Gradient, Learner, Request, Score, ScoreReport
 
@@ -93,90 +93,131 @@ def batches(count: int, train: Train, seed: int, client: str, round: int) -> Ite
 
 
 def _fit(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
-    requests = [job.request for job in jobs if isinstance(job.request, Fit)]
-    train = requests[0].train
-    examples = [job.examples(r.split) for job, r in zip(jobs, requests, strict=True)]
-    steps = [train.step_count(len(held)) for held in examples]
-    shapes = [{name: tensor.shape for name, tensor in r.start.items()} for r in requests]
-    stack = _stack([r.start for r in requests], learner)
-    given = {n: _stack([r.given[n] for r in requests], learner) for n in requests[0].given}
-    start = {name: tensor.detach().clone() for name, tensor in stack.items()}
-    streams = [batches(len(e), train, j.seed, j.client, j.round) for e, j in zip(examples, jobs, strict=True)]
-    losses = torch.zeros(len(jobs), dtype=torch.float64)
-    facts = [[0.0, 0.0, 0, 0] for _ in jobs]  # rate sum, targets, examples, tokens
-    finished: dict[int, Tensors] = {k: _row(stack, 0, k) for k, n in enumerate(steps) if n == 0}
-    active = [k for k, n in enumerate(steps) if n > 0]
-    stack, optimizer = _restrict(stack, None, active, list(range(len(jobs))), train)
-    for step in range(max(steps)):
-        left = [k for k in active if steps[k] > step]
-        if left != active:
-            finished.update({k: _row(stack, active.index(k), k) for k in active if k not in left})
-            stack, optimizer = _restrict(stack, optimizer, left, active, train)
-            active = left
-        window = [[[examples[k][i] for i in next(streams[k])] for k in active] for _ in range(train.accumulate)]
-        targets = [sum(e.targets for groups in window for e in groups[row]) for row in range(len(active))]
-        seeds = [derive(jobs[k].seed, "dropout", jobs[k].client, jobs[k].round, step) for k in active]
-        here = {n: {name: t[active] for name, t in tree.items()} for n, tree in {"start": start, **given}.items()}
-        grads, sums = _step(learner, stack, window, targets, seeds, here, requests[0], jobs[0].frozen)
-        rate = train.rate(jobs[0].round, jobs[0].rounds, step, steps[active[0]])
-        _clip(grads, train.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for name, tensor in stack.items():
+    return _Fit(learner, jobs).run()
+
+
+class _Fit:
+    """Local training of K clients as one sequence of optimiser steps over stacked tensors.
+
+    `active` lists the clients (by number) that still train; row i of every stacked tensor belongs to active[i].
+    """
+
+    def __init__(self, learner: Learner, jobs: Sequence[Job]) -> None:
+        self.learner, self.jobs = learner, jobs
+        self.requests = [job.request for job in jobs if isinstance(job.request, Fit)]
+        self.train, first = self.requests[0].train, self.requests[0]
+        self.examples = [job.examples(r.split) for job, r in zip(jobs, self.requests, strict=True)]
+        self.steps = [self.train.step_count(len(held)) for held in self.examples]
+        self.streams = [
+            batches(len(held), self.train, job.seed, job.client, job.round)
+            for held, job in zip(self.examples, jobs, strict=True)
+        ]
+        self.stack = _stack([r.start for r in self.requests], learner)
+        start = {name: tensor.clone() for name, tensor in self.stack.items()}
+        self.given = {"start": start, **{n: _stack([r.given[n] for r in self.requests], learner) for n in first.given}}
+        self.active = list(range(len(jobs)))
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.finished: dict[int, Tensors] = {}
+        self.spent = [_Spent() for _ in jobs]
+
+    def run(self) -> list[Result]:
+        for step in range(max(self.steps)):
+            self._keep([k for k in self.active if self.steps[k] > step])
+            self._step(step)
+        self._keep([])
+        return [self._report(k) for k in range(len(self.jobs))]
+
+    def _keep(self, left: list[int]) -> None:
+        """Go on with the clients `left`; the others' tensors are final."""
+        if left == self.active and self.optimizer is not None:
+            return
+        for row, k in enumerate(self.active):
+            if k not in left:
+                self.finished[k] = {n: tensor.detach()[row].cpu() for n, tensor in self.stack.items()}
+        rows = [self.active.index(k) for k in left]
+        whole = left == self.active
+        smaller = {
+            name: (tensor.detach() if whole else tensor.detach()[rows]).requires_grad_()
+            for name, tensor in self.stack.items()
+        }
+        self.optimizer = _optimizer(self.train, smaller, self.optimizer, self.stack, rows) if left else None
+        self.stack, self.active = smaller, left
+
+    def _step(self, step: int) -> None:
+        """One optimiser step of every active client."""
+        window = [
+            [[self.examples[k][i] for i in next(self.streams[k])] for k in self.active]
+            for _ in range(self.train.accumulate)
+        ]
+        grads, sums = self._gradients(window, step)
+        _clip(grads, self.train.clip_norm)
+        first = self.jobs[self.active[0]]
+        rate = self.train.rate(first.round, first.rounds, step, self.steps[self.active[0]])
+        for name, tensor in self.stack.items():
             tensor.grad = grads[name]
-        optimizer.step()
-        losses[active] += sums.detach().double().cpu()
-        for row, k in enumerate(active):
-            seen = [e for groups in window for e in groups[row]]
-            facts[k][0] += rate
-            facts[k][1] += targets[row]
-            facts[k][2] += len(seen)
-            facts[k][3] += sum(e.tokens for e in seen)
-    finished.update({k: _row(stack, row, k) for row, k in enumerate(active)})
-    return [
-        _report(
-            job,
-            {n: t[tuple(slice(0, s) for s in shapes[k][n])].cpu() for n, t in finished[k].items()},
-            r.start,
-            steps[k],
-            float(losses[k]),
-            facts[k],
-        )
-        for k, (job, r) in enumerate(zip(jobs, requests, strict=True))
-    ]
+        if self.optimizer is not None:
+            self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.step()
+        for row, (k, loss) in enumerate(zip(self.active, sums.tolist(), strict=True)):
+            self.spent[k].add(rate, loss, [e for groups in window for e in groups[row]])
+
+    def _gradients(self, window: list[list[list[Example]]], step: int) -> tuple[Tensors, torch.Tensor]:
+        """Gradients of the mean loss over the labels of the whole window, and the loss sums [K]."""
+        request, leaves, width = self.requests[0], list(self.stack.values()), len(self.active)
+        targets = [sum(e.targets for groups in window for e in groups[row]) for row in range(width)]
+        scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=self.learner.device)
+        seeds = [derive(j.seed, "dropout", j.client, j.round, step) for j in (self.jobs[k] for k in self.active)]
+        given = self.given
+        if len(self.active) < len(self.jobs):
+            given = {n: {name: t[self.active] for name, t in tree.items()} for n, tree in given.items()}
+        total, grads = torch.zeros(width, device=self.learner.device), [torch.zeros_like(leaf) for leaf in leaves]
+        bound = {**_spread(self.jobs[0].frozen, width, self.learner), **self.stack}
+        with torch.enable_grad(), self.learner.using(bound, seeds):
+            for turn, groups in enumerate(window):
+                sums = self.learner.losses(groups)
+                objective = (sums * scale).sum()
+                if request.penalty is not None and turn == 0:
+                    objective = objective + _each(request.penalty, self.stack, given).sum()
+                for held, found in zip(grads, torch.autograd.grad(objective, leaves, allow_unused=True), strict=True):
+                    if found is not None:
+                        held.add_(found)
+                total += sums.detach()
+        result = dict(zip(self.stack, grads, strict=True))
+        if request.correction is not None:
+            with torch.no_grad():
+                detached = {name: tensor.detach() for name, tensor in self.stack.items()}
+                result = _each(request.correction, result, {"params": detached, **given})
+        return result, total
+
+    def _report(self, k: int) -> FitReport | FedLLMError:
+        job, start, spent = self.jobs[k], self.requests[k].start, self.spent[k]
+        params = {n: t[tuple(slice(0, size) for size in start[n].shape)] for n, t in self.finished[k].items()}
+        if not math.isfinite(spent.loss) or finite(params) is not None:
+            return RoundFailed(
+                f"Training at client '{job.client}' gave a loss that is not finite in round {job.round}.",
+                action="Lower train.lr, set train.clip_norm, or look at that client's data.",
+            )
+        loss = (spent.loss, float(spent.targets))
+        delta = subtract(params, start)
+        return FitReport(params, delta, self.steps[k], spent.rates, loss, spent.examples, spent.tokens)
 
 
-def _step(
-    learner: Learner,
-    stack: Tensors,
-    window: list[list[list[Example]]],
-    targets: list[int],
-    seeds: list[int],
-    here: dict[str, Tensors],
-    request: Fit,
-    frozen: Tensors,
-) -> tuple[Tensors, torch.Tensor]:
-    """Gradients of one optimiser step and the loss sums [K]; a mean over the labels of the whole window."""
-    width, leaves = len(seeds), list(stack.values())
-    scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=learner.device)
-    grads: list[torch.Tensor] | None = None
-    total = torch.zeros(width, device=learner.device)
-    with torch.enable_grad(), learner.using({**_spread(frozen, width, learner), **stack}, seeds):
-        for turn, groups in enumerate(window):
-            sums = learner.losses(groups)
-            objective = (sums * scale).sum()
-            if request.penalty is not None and turn == 0:
-                objective = objective + _each(request.penalty, stack, here).sum()
-            found = torch.autograd.grad(objective, leaves, allow_unused=True)
-            filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
-            grads = filled if grads is None else [a.add_(b) for a, b in zip(grads, filled, strict=True)]
-            total = total + sums.detach()
-    result = dict(zip(stack, grads or [], strict=True))
-    if request.correction is not None:
-        with torch.no_grad():
-            detached = {name: tensor.detach() for name, tensor in stack.items()}
-            result = _each(request.correction, result, {"params": detached, **here})
-    return result, total
+@dataclass
+class _Spent:
+    """What one client's training took."""
+
+    rates: float = 0.0
+    loss: float = 0.0
+    targets: int = 0
+    examples: int = 0
+    tokens: int = 0
+
+    def add(self, rate: float, loss: float, seen: Sequence[Example]) -> None:
+        self.rates += rate
+        self.loss += loss
+        self.targets += sum(e.targets for e in seen)
+        self.examples += len(seen)
+        self.tokens += sum(e.tokens for e in seen)
 
 
 def _each(rule: Callable[..., Any], first: Tensors, given: dict[str, Tensors]) -> Any:
@@ -194,45 +235,27 @@ def _clip(grads: Tensors, limit: float | None) -> None:
         grad.mul_(factor.view(-1, *([1] * (grad.dim() - 1))))
 
 
-def _optimizer(train: Train, stack: Tensors) -> torch.optim.Optimizer:
-    """The optimiser over stacked tensors: element-wise, so that clients do not meet in it."""
+def _optimizer(
+    train: Train, stack: Tensors, before: torch.optim.Optimizer | None, old: Tensors, rows: list[int]
+) -> torch.optim.Optimizer:
+    """The optimiser over stacked tensors, going on with `rows` of an earlier one's memory over `old`.
+
+    It works element by element, so that clients do not meet in it.
+    """
+    leaves = list(stack.values())
+    optimizer: torch.optim.Optimizer
     if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            list(stack.values()), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+        optimizer = torch.optim.SGD(leaves, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            leaves, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
-    return torch.optim.AdamW(
-        list(stack.values()), lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
-    )
-
-
-def _restrict(
-    stack: Tensors, optimizer: torch.optim.Optimizer | None, left: list[int], active: list[int], train: Train
-) -> tuple[Tensors, torch.optim.Optimizer]:
-    """The stack and the optimiser's memory for the clients `left` of those `active`."""
-    rows = [active.index(k) for k in left]
-    smaller = {
-        name: (tensor.detach() if rows == list(range(len(active))) else tensor.detach()[rows]).requires_grad_()
-        for name, tensor in stack.items()
-    }
-    fresh = _optimizer(train, smaller)
-    if optimizer is not None:
-        for old, new in zip(stack.values(), smaller.values(), strict=True):
-            for name, value in optimizer.state.get(old, {}).items():
-                shared = not isinstance(value, torch.Tensor) or value.dim() == 0
-                fresh.state[new][name] = value if shared else value[rows]
-    return smaller, fresh
-
-
-def _report(
-    job: Job, params: Tensors, start: Tensors, steps: int, loss: float, facts: Sequence[float]
-) -> FitReport | FedLLMError:
-    rate_sum, targets, examples, tokens = facts
-    if not math.isfinite(loss) or not all(bool(torch.isfinite(t).all()) for t in params.values()):
-        return RoundFailed(
-            f"Training at client '{job.client}' gave a loss that is not finite in round {job.round}.",
-            action="Lower train.lr, set train.clip_norm, or look at that client's data.",
-        )
-    return FitReport(params, subtract(params, start), steps, rate_sum, (loss, targets), int(examples), int(tokens))
+    if before is not None:
+        for name, leaf in stack.items():
+            for key, value in before.state.get(old[name], {}).items():
+                by_client = isinstance(value, torch.Tensor) and value.dim() > 0
+                optimizer.state[leaf][key] = value[rows] if by_client else value
+    return optimizer
 
 
 def _stack(trees: Sequence[Tensors], learner: Learner) -> Tensors:
@@ -251,10 +274,6 @@ def _stack(trees: Sequence[Tensors], learner: Learner) -> Tensors:
 
 def _spread(tree: Tensors, width: int, learner: Learner) -> Tensors:
     return {name: t.to(learner.device).expand(width, *t.shape) for name, t in tree.items()}
-
-
-def _row(stack: Tensors, row: int, client: int) -> Tensors:
-    return {name: tensor.detach()[row].clone() for name, tensor in stack.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""Effects - each method's claim, checked small; `fedllm verify KEY` runs a check and prints claim beside measurement.
+
+A check is a module named by the method's key with a function `measure() -> Evidence`. It drives the real method
+through the real engine. Where the published effect does not show at this size, the evidence says so and passes
+nothing: `passed` is None.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from dataclasses import dataclass, field, replace
+
+from fedllm.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a check measured.
+
+    Attributes:
+        key: the method.
+        claim: what its paper claims.
+        measured: what was measured, in a sentence with numbers.
+        passed: whether the stated margin was met; None where the effect is measured but not asserted.
+        numbers: the numbers by name.
+        seconds: wall time.
+    """
+
+    key: str
+    claim: str
+    measured: str
+    passed: bool | None
+    numbers: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def checks() -> list[str]:
+    """The keys that have a check."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return sorted(name.replace("_", "-") for name in names if name not in ("rig",))
+
+
+def verify(key: str) -> Evidence:
+    """Run the check of a method; raises :class:`ConfigError` where there is none."""
+    if key not in checks():
+        raise ConfigError.unknown("effect check for the method", key, checks())
+    begun = time.perf_counter()
+    module = importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
+    return replace(module.measure(), seconds=time.perf_counter() - begun)
