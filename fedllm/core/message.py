@@ -102,6 +102,8 @@ class SeedCoefficients(Part):
     @classmethod
     def from_wire(cls, tensors: Tensors, facts: Json) -> SeedCoefficients:
         """See :class:`Part`."""
+        if tensors["coefficients"].dim() != 1:
+            raise ValueError("coefficients must be a vector")
         return cls(tensors["coefficients"])
 
 
@@ -123,6 +125,8 @@ class Table(Part):
     @classmethod
     def from_wire(cls, tensors: Tensors, facts: Json) -> Table:
         """See :class:`Part`."""
+        if tensors["rows"].dim() != 2 or tensors["counts"].shape != tensors["rows"].shape[:1]:
+            raise ValueError("a table needs rows [R, D] and counts [R]")
         return cls(tensors["rows"], tensors["counts"])
 
 

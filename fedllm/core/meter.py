@@ -20,7 +20,7 @@ class Meter:
 
     Attributes:
         bytes: "phase/direction/part" -> bytes; phase is the name of the client function that was asked, direction is
-            "down" or "up", part is a part of the message or "header".
+            "down" or "up", part is a part of the message, "header", or "undecodable" for bytes that were no message.
         messages: "phase/direction" -> number.
         tokens: tokens trained on, padding not counted.
         steps: optimiser steps of all clients.

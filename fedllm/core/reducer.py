@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fedllm.core.errors import ConfigError, UploadRejected
+from fedllm.core.errors import ConfigError, UploadRejected, nearest
 from fedllm.core.message import Dense, Message, Owned, Part, Scalars, SeedCoefficients, Table, Upload
-from fedllm.core.tensors import Tensors, same_shapes
-from fedllm.core.view import View
+from fedllm.core.tensors import Tensors, same_names, same_shapes
+from fedllm.core.view import Region, View
 
 
 class Running:
@@ -49,9 +49,10 @@ Weighting = Literal["examples", "uniform"]
 
 @dataclass(frozen=True)
 class Mean(Reducer):
-    """The mean of dense tensors, scalars, seed coefficients or tables, weighted by examples or uniformly.
+    """The mean of dense tensors, scalars or seed coefficients, weighted by examples or uniformly; the sum of tables.
 
-    Sums are kept in float64, so that the order of arrival does not show after rounding to float32.
+    Sums are kept in float64, so that the order of arrival does not show after rounding to float32. A table carries its
+    own counts, so tables are added up as they are, whatever the weighting.
 
     Args:
         weighting: "examples" (the upload's weight) or "uniform".
@@ -107,12 +108,13 @@ class _RunningMean(Running):
     def add(self, part: Part, weight: float, client: str) -> None:
         """See :class:`Running`."""
         tensors = _summands(part)
-        share = weight if self.weighting == "examples" else 1.0
+        share = weight if self.weighting == "examples" and not isinstance(part, Table) else 1.0
         if self.sums is None:
-            self.kind, self.dtypes = type(part), {n: t.dtype for n, t in tensors.items()}
+            self.kind = type(part)
             self.sums = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
         for name, tensor in tensors.items():
             self.sums[name].add_(tensor, alpha=share)
+            self.dtypes[name] = torch.promote_types(self.dtypes.get(name, torch.float32), tensor.dtype)
         self.total += share
 
     def result(self) -> Part | None:
@@ -120,7 +122,7 @@ class _RunningMean(Running):
             return None
         if self.kind is Table:  # rows and counts are sums themselves: no division
             return Table(self.sums["rows"].float(), self.sums["counts"].float())
-        means = {n: (s / self.total).to(_at_least_float(self.dtypes[n])) for n, s in self.sums.items()}
+        means = {n: (s / self.total).to(self.dtypes[n]) for n, s in self.sums.items()}
         if self.kind is Scalars:
             return Scalars({name: float(value) for name, value in means.items()})
         return SeedCoefficients(means["coefficients"]) if self.kind is SeedCoefficients else Dense(means)
@@ -134,9 +136,13 @@ class OwnedSum(Part):
     sums: Tensors
     weights: Tensors
 
-    def mean(self) -> Tensors:
-        """sum / weight where somebody owns the entry, else 0."""
-        return {n: torch.where(w > 0, self.sums[n] / w.clamp(min=1e-38), 0.0).float() for n, w in self.weights.items()}
+    def mean(self, like: Mapping[str, torch.Tensor] | None = None) -> Tensors:
+        """sum / weight where somebody owns the entry, else 0; in the names and shapes of `like` (None: those seen)."""
+        means = {n: torch.zeros(t.shape) for n, t in (self.weights if like is None else like).items()}
+        for name, weight in self.weights.items():
+            found = torch.where(weight > 0, self.sums[name] / torch.where(weight > 0, weight, 1.0), 0.0)
+            means[name][tuple(slice(0, size) for size in weight.shape)] = found.float()
+        return means
 
     def to_wire(self) -> tuple[Tensors, Any]:
         """See :class:`Part`."""
@@ -159,6 +165,15 @@ class _RunningOwnedMean(Running):
         """See :class:`Running`."""
         if not isinstance(part, Owned):
             raise UploadRejected(f"Client '{client}' sent a {part.kind} part.", "Expected: owned.")
+        what = f"The upload of client '{client}'"
+        same_names(part.tensors, dict.fromkeys(part.view.regions, torch.empty(0)), what)
+        room = {}
+        for name, region in part.view.regions.items():
+            values, known = part.tensors[name], self.sums.get(name)
+            if values.dim() < len(region) or (known is not None and values.dim() != known.dim()):
+                raise UploadRejected(f"{what} has '{name}' in {values.dim()} dimensions.")
+            room[name] = torch.empty(_room(known, _reach(region, values)), device="meta")
+        part.view.fits(room, part.tensors, what)
 
     def add(self, part: Part, weight: float, client: str) -> None:
         """See :class:`Running`."""
@@ -166,10 +181,9 @@ class _RunningOwnedMean(Running):
             return
         share = weight if self.weighting == "examples" else 1.0
         for name, region in part.view.regions.items():
-            ends = [int(e.stop) if isinstance(e, slice) else int(e.max()) + 1 if e.numel() else 0 for e in region]
-            shape = [*ends, *part.tensors[name].shape[len(ends) :]]
+            reach = _reach(region, part.tensors[name])
             for tree in (self.sums, self.weights):
-                tree[name] = _grown(tree.get(name), shape)
+                tree[name] = _grown(tree.get(name), reach)
         ones = {name: torch.ones_like(t, dtype=torch.float64) for name, t in part.tensors.items()}
         part.view.scatter_add(self.sums, part.tensors, share)
         View(part.view.regions).scatter_add(self.weights, ones, share)
@@ -203,19 +217,25 @@ def _summands(part: Part) -> Tensors:
     )
 
 
-def _at_least_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _reach(region: Region, values: torch.Tensor) -> list[int]:
+    """The smallest shape that holds `values` at `region`."""
+    ends = [int(e.stop) if isinstance(e, slice) else int(e.max()) + 1 if e.numel() else 0 for e in region]
+    return [*ends, *values.shape[len(ends) :]]
+
+
+def _room(known: torch.Tensor | None, shape: list[int]) -> list[int]:
+    """The smallest shape that holds both."""
+    return shape if known is None else [max(a, b) for a, b in zip(known.shape, shape, strict=True)]
 
 
 def _grown(tensor: torch.Tensor | None, shape: list[int]) -> torch.Tensor:
     """`tensor` enlarged with zeros to hold `shape`."""
-    if tensor is None:
-        return torch.zeros(shape, dtype=torch.float64)
-    wide = [max(a, b) for a, b in zip(tensor.shape, shape, strict=True)]
-    if list(tensor.shape) == wide:
+    wide = _room(tensor, shape)
+    if tensor is not None and list(tensor.shape) == wide:
         return tensor
     result = torch.zeros(wide, dtype=torch.float64)
-    result[tuple(slice(0, n) for n in tensor.shape)] = tensor
+    if tensor is not None:
+        result[tuple(slice(0, n) for n in tensor.shape)] = tensor
     return result
 
 
@@ -246,32 +266,54 @@ class Update(Message):
         return self["update"]
 
 
+def _as_expected(name: str, part: Part, expected: Tensors, what: str) -> None:
+    if isinstance(part, Dense):
+        same_shapes(part.tensors, expected, what)
+    elif isinstance(part, Owned):
+        part.view.fits(expected, part.tensors, what)
+    else:
+        raise UploadRejected(f"{what} has '{name}' as a {part.kind} part.", "Expected: dense or owned.")
+
+
 class Reduction:
     """One round's uploads on their way to an :class:`Update`.
 
     Args:
         reducers: one reducer for the part `update`, or one per part.
-        expected: part -> tensors of the names and shapes a dense part must have.
+        expected: part -> tensors of the names and shapes a dense part must have, and an owned part must lie in.
+
+    Raises:
+        ConfigError: an :class:`OwnedMean` whose part is not in `expected`: nothing would bound what a client claims.
     """
 
     def __init__(self, reducers: Reducers, expected: Mapping[str, Tensors] | None = None) -> None:
         self.reducers = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
         self.running = {name: reducer.begin() for name, reducer in self.reducers.items()}
         self.expected = dict(expected or {})
+        for name, reducer in self.reducers.items():
+            if isinstance(reducer, OwnedMean) and name not in self.expected:
+                raise ConfigError(
+                    f"The part '{name}' is reduced by an OwnedMean, and the method does not say how large it may be.",
+                    action="Name the global tensors in the method's 'expected'.",
+                )
         self.clients, self.weight = 0, 0.0
         self.metrics: dict[str, tuple[float, float]] = {}
 
     def add(self, client: str, upload: Upload) -> None:
         """Take one upload whole, or raise :class:`UploadRejected` and take nothing of it."""
-        for name, part in upload.parts.items():
-            if name not in self.running:
-                raise ConfigError.unknown("reducer for the part", name, self.running)
-            if isinstance(part, Dense) and name in self.expected:
-                same_shapes(part.tensors, self.expected[name], f"The upload of client '{client}'")
-            self.running[name].check(part, client)
+        what = f"The upload of client '{client}'"
         missing = sorted(self.running.keys() - upload.parts.keys())
         if missing:
-            raise UploadRejected(f"The upload of client '{client}' has no part '{missing[0]}'.")
+            raise UploadRejected(f"{what} has no part '{missing[0]}'.")
+        for name, part in upload.parts.items():
+            if name not in self.running:
+                allowed = f"Reduced are: {', '.join(self.running) or 'none'}."
+                raise UploadRejected(
+                    f"{what} has a part '{name}' without a reducer.", allowed, nearest(name, self.running)
+                )
+            if name in self.expected:
+                _as_expected(name, part, self.expected[name], what)
+            self.running[name].check(part, client)
         for name, part in upload.parts.items():
             self.running[name].add(part, upload.weight, client)
         self.clients += 1

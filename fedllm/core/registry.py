@@ -14,10 +14,10 @@ def register(kind: str, cls: type) -> str:
     The key of `fedllm/methods/privacy/ffa_lora.py` is `ffa-lora`. A class typed into a notebook is named by its
     class name in lower case and may be defined again.
     """
-    if not isinstance(getattr(cls, "card", None), Card):
+    if not isinstance(cls.__dict__.get("card"), Card):
         raise ConfigError(
             f"The {kind} class {cls.__name__} has no card.",
-            f"Every {kind} needs 'card = Card(...)'.",
+            f"Every {kind} needs 'card = Card(...)' of its own.",
             action=f"Add one, or define 'class {cls.__name__}(..., abstract=True)' if it is only to be subclassed.",
         )
     stem = cls.__module__.rsplit(".", 1)[-1]

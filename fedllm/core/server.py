@@ -183,11 +183,16 @@ class Server:
             return None
         try:
             message = decode(reply.body)
-            self.meter.sent(op, "up", size_by_part(reply.body))
+        except DecodeError as fault:
+            self.meter.sent(op, "up", {"undecodable": len(reply.body)})
+            self.rejected.append({"client": reply.client, "reason": str(fault)})
+            return None
+        self.meter.sent(op, "up", size_by_part(reply.body))
+        try:
             if not isinstance(message, Upload):
                 raise UploadRejected(f"Client '{reply.client}' sent a {type(message).__name__.lower()}.")
             _validate(message, reply.client)
-        except (DecodeError, UploadRejected) as fault:
+        except UploadRejected as fault:
             self.rejected.append({"client": reply.client, "reason": str(fault)})
             return None
         return message
@@ -209,3 +214,5 @@ def _check_numbers(facts: Any, client: str) -> None:
         json.dumps(facts, allow_nan=False)
     except ValueError as fault:
         raise UploadRejected(f"Client '{client}' sent a number that is not finite.") from fault
+    except RecursionError as fault:
+        raise UploadRejected(f"Client '{client}' sent facts that are nested too deeply.") from fault

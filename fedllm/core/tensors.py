@@ -42,7 +42,8 @@ def over(function: Callable[..., torch.Tensor], *trees: Mapping[str, torch.Tenso
 
 
 def add(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], scale: float = 1.0) -> Tensors:
-    """left + scale * right, computed in float32 or better, in the dtype of `left`."""
+    """left + scale * right, in float32 or better, in the dtype of `left`; integer entries are copied from `right`."""
+    same_shapes(right, left, "A set of tensors")
     return over(
         lambda a, b: (
             torch.add(a.to(torch.promote_types(a.dtype, torch.float32)), b, alpha=scale).to(a.dtype)
@@ -56,6 +57,7 @@ def add(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor], sca
 
 def subtract(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> Tensors:
     """left - right, computed in float32 or better; integer entries are copied from `left`, never subtracted."""
+    same_shapes(right, left, "A set of tensors")
     return over(
         lambda a, b: a.to(torch.promote_types(a.dtype, torch.float32)) - b if a.is_floating_point() else a.clone(),
         left,
@@ -64,7 +66,7 @@ def subtract(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]
 
 
 def zeros(like: Mapping[str, torch.Tensor]) -> Tensors:
-    """Zeros of the same names and shapes, float32 where `like` is floating."""
+    """Zeros of the same names and shapes, in float32 or better."""
     return over(lambda a: torch.zeros_like(a, dtype=torch.promote_types(a.dtype, torch.float32)), like)
 
 
@@ -91,6 +93,6 @@ def size_in_bytes(tree: Mapping[str, torch.Tensor]) -> int:
 def finite(tree: Mapping[str, torch.Tensor]) -> str | None:
     """The first name that holds a NaN or an infinity, or None where all is finite."""
     for name, tensor in tree.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
             return name
     return None

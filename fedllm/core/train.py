@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedllm.core.errors import ConfigError
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""A decay rate of AdamW."""
 
 
 class Schedule(BaseModel):
@@ -22,16 +25,16 @@ class Schedule(BaseModel):
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the run over which the rate rises linearly to `lr`."""
     final: float = Field(0.0, ge=0, le=1)
-    """The last rate as a share of `lr`."""
+    """Where the decay leads, as a share of `lr`: it would be reached one unit after the last."""
 
     def factor(self, done: int, total: int) -> float:
         """The rate of unit number `done` (from 0) of `total`, as a share of `lr`; units are rounds or steps."""
-        warm = math.ceil(self.warmup * total)
+        warm = math.ceil(round(self.warmup * total, 6))  # 0.07 * 100 is 7.000000000000001
         if done < warm:
             return (done + 1) / warm
         if self.kind == "constant":
             return 1.0
-        rest = (done - warm) / max(total - warm, 1)
+        rest = min((done - warm) / max(total - warm, 1), 1.0)
         shape = 1 - rest if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
         return self.final + (1 - self.final) * shape
 
@@ -39,7 +42,7 @@ class Schedule(BaseModel):
 class Train(BaseModel):
     """Local training: how many steps, on what batches, by which optimiser."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     steps: int | None = Field(None, ge=1)
     """Optimiser steps per client and round. Give either this or `epochs`; the default is 10 steps."""
@@ -55,7 +58,7 @@ class Train(BaseModel):
     """Local optimiser; begins afresh every round."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of SGD."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW."""
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator of AdamW."""

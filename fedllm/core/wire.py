@@ -57,7 +57,9 @@ def encode(message: Message) -> bytes:
         structure["weight"] = message.weight
         structure["metrics"] = {name: list(pair) for name, pair in message.metrics.items()}
     if structure["class"] is None:
-        raise ConfigError(f"A message of class {type(message).__name__} cannot travel.", f"Allowed: {', '.join(_CLASSES)}.")
+        raise ConfigError(
+            f"A message of class {type(message).__name__} cannot travel.", f"Allowed: {', '.join(_CLASSES)}."
+        )
     return save(_unshared(tensors), {"fedllm": _json(structure)})
 
 

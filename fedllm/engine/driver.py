@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedllm.core.errors import FedLLMError, ModelError
+from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.message import Upload
 from fedllm.core.work import FitReport, Learner, Request
 from fedllm.engine.together import Job, alike, run_together
@@ -16,11 +16,12 @@ from fedllm.engine.together import Job, alike, run_together
 
 @dataclass
 class Turn:
-    """One client's turn: its coroutine, how to make a job of what it asks, and what it has spent."""
+    """One client's turn: its coroutine, how to make a job of what it asks, the request it answers, its costs."""
 
     client: str
     coroutine: Coroutine[Any, Any, Upload]
     job: Callable[[Request], Job]
+    id: str = ""
     cost: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "steps": 0.0})
 
 
@@ -50,8 +51,14 @@ def _advance(turn: Turn, result: Any, waiting: list[tuple[Turn, Job]]) -> Iterat
         turn.cost["steps"] += result.steps
     try:
         with torch.enable_grad():
-            resume = turn.coroutine.throw if isinstance(result, BaseException) else turn.coroutine.send
-            waiting.append((turn, turn.job(resume(result))))
+            failed = isinstance(result, BaseException)
+            asked = turn.coroutine.throw(result) if failed else turn.coroutine.send(result)
+            if not isinstance(asked, Request):
+                raise ConfigError(
+                    f"The client half awaits a {type(asked).__name__}.",
+                    "Allowed: await client.fit, gradient, score, generate or embed.",
+                )
+            waiting.append((turn, turn.job(asked)))
     except StopIteration as done:
         yield turn, done.value
     except Exception as fault:
@@ -75,7 +82,7 @@ def _run(learner: Learner, jobs: list[Job]) -> list[Any]:
                 "smaller model.",
             )
         ]
-    except FedLLMError as fault:
+    except Exception as fault:  # whatever it is, it belongs to one client: find out which, and let the others finish
         if len(jobs) > 1:
             return [result for job in jobs for result in _run(learner, [job])]
         return [fault]

@@ -60,17 +60,24 @@ class LocalWorker:
     def answer(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Answer each request; a client that fails is an error reply, never an exception."""
         begun = time.perf_counter()
-        ids = {request.client: request.id for request in requests}
-        turns = [self._turn(request) for request in requests]
+        turns: list[Turn] = []
+        for request in requests:
+            try:
+                turns.append(self._turn(request))
+            except Exception as fault:
+                yield self._reply(request.id, request.client, fault, {})
         for turn, outcome in drive(turns, self.learner):
-            cost = {**turn.cost, "seconds": time.perf_counter() - begun}
-            if isinstance(outcome, Upload):
-                yield Reply(ids[turn.client], turn.client, encode(outcome), None, cost)
-            elif self.debug:
-                raise outcome
-            else:
-                self.private.drop(turn.client)
-                yield Reply(ids[turn.client], turn.client, None, _reason(outcome), cost)
+            yield self._reply(turn.id, turn.client, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
+
+    def _reply(self, id: str, client: str, outcome: Any, cost: dict[str, float]) -> Reply:
+        """The encoded upload, or the reason why there is none."""
+        try:
+            return Reply(id, client, encode(_upload(outcome)), None, cost)
+        except Exception as fault:
+            if self.debug:
+                raise
+            self.private.drop(client)
+            return Reply(id, client, None, _reason(fault), cost)
 
     def examples(self, client: str, split: str) -> list[Example]:
         """The prepared examples of a client, from memory where they were used lately."""
@@ -117,7 +124,7 @@ class LocalWorker:
                 self._frozen,
             )
 
-        return Turn(request.client, play(), job)
+        return Turn(request.client, play(), job, request.id)
 
     def _reader(self, client: str) -> Callable[[str], list[Example]]:
         def read(split: str) -> list[Example]:
@@ -136,6 +143,15 @@ def frozen(learner: Learner, algorithm: Any) -> Tensors:
     return {name: tensor for name, tensor in learner.initial().items() if not algorithm.trainable(name)}
 
 
+def _upload(outcome: Any) -> Upload:
+    """What a client's turn ended with, if it is an upload; raises what went wrong otherwise."""
+    if isinstance(outcome, BaseException):
+        raise outcome
+    if not isinstance(outcome, Upload):
+        raise ConfigError(f"A client-side function returned a {type(outcome).__name__}.", "Expected: an Upload.")
+    return outcome
+
+
 def _reason(fault: BaseException) -> str:
     return str(fault) if isinstance(fault, FedLLMError) else f"{type(fault).__name__}: {fault}"
 
@@ -150,7 +166,7 @@ class LocalEngine:
     """
 
     def __init__(self, worker: LocalWorker, client_ids: Sequence[str], width: int = 1) -> None:
-        self.worker, self._ids, self.width = worker, list(client_ids), width
+        self.worker, self._ids, self.width = worker, sorted(client_ids), width
 
     @property
     def client_ids(self) -> Sequence[str]:
@@ -185,8 +201,8 @@ class LocalEngine:
 
 
 def _in_order(chunk: Sequence[Request], replies: Sequence[Reply]) -> list[Reply]:
-    by_client = {reply.client: reply for reply in replies}
-    return [by_client[request.client] for request in chunk]
+    by_id = {reply.id: reply for reply in replies}
+    return [by_id[request.id] for request in chunk]
 
 
 def _late(begun: float, deadline: float | None) -> bool:

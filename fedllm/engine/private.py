@@ -8,10 +8,13 @@ a checkpoint names the files it belongs to; clients that were never asked cost n
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fedllm.core.errors import ConfigError, nearest
+from fedllm.core.errors import ConfigError, DecodeError, RunError, nearest
 from fedllm.core.message import Dense, Json, Message
 from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode, encode
@@ -77,8 +80,13 @@ class PrivateStore:
         held = self._held.get(client)
         if held is None:
             return {}
-        data = held if isinstance(held, bytes) else (self.folder or Path()).joinpath(held).read_bytes()
-        message = decode(data)
+        try:
+            data = held if isinstance(held, bytes) else (self.folder or Path()).joinpath(held).read_bytes()
+            message = decode(data)
+        except (OSError, DecodeError) as fault:
+            raise RunError(
+                f"The private entry of client '{client}' cannot be read: {fault}.", action="Start the run again."
+            ) from fault
         return {**{name: message[name] for name in message.parts}, **message.numbers}
 
     def _save(self, client: str, entry: Entry) -> None:
@@ -89,14 +97,31 @@ class PrivateStore:
         if self.folder is None:
             self._held[client] = data
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(client.encode() + data).hexdigest()[:24]
         target = self.folder / f"{digest}.safetensors"
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            partial.write_bytes(data)
-            partial.replace(target)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                _write(target, data)
+        except OSError as fault:
+            raise RunError(
+                f"The private entry of client '{client}' cannot be written: {fault}.",
+                action="Nothing written before is lost: make room, then 'fedllm resume' the run.",
+            ) from fault
         self._held[client] = target.name
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write beside the place, flush to disk, rename."""
+    partial = file.with_suffix(".partial")
+    try:
+        with partial.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_tensors(value: object) -> bool:
@@ -117,8 +142,18 @@ class PrivateView(MutableMapping[str, "Tensors | Json"]):
 
     def __setitem__(self, name: str, value: Tensors | Json) -> None:
         self._known(name)
-        copied = {n: t.detach().cpu().clone() for n, t in value.items()} if _is_tensors(value) else value
-        self.entry[name], self.changed = copied, True
+        self.entry[name], self.changed = self._copied(name, value), True
+
+    def _copied(self, name: str, value: Any) -> Any:
+        """A copy that later changes of `value` do not reach."""
+        if _is_tensors(value):
+            return {n: t.detach().cpu().clone() for n, t in value.items()}
+        try:
+            return json.loads(json.dumps(value))
+        except (TypeError, ValueError) as fault:
+            raise ConfigError(
+                f"'{name}' cannot be stored: {fault}.", "Allowed: a dict of tensors by name, or a JSON value."
+            ) from fault
 
     def __delitem__(self, name: str) -> None:
         del self.entry[name]

@@ -66,6 +66,9 @@ async def play_round(
         if update.clients == 0:
             record.failed = "no usable upload arrived"
             break
+        if weightless := [n for n in reduction.running if n not in update.parts and n not in update.collected]:
+            record.failed = f"the weights of the uploads' '{weightless[0]}' sum to zero"
+            break
         finalized = method.finalize(state, update)
         if isinstance(finalized, State):
             new = finalized
@@ -73,7 +76,8 @@ async def play_round(
         wanted = finalized.clients or cohort_size
     else:
         record.failed = f"the method asked for more clients {COLLECT_LIMIT} times"
-    bad = finite(new.params) if new is not None else None
+    trees = [] if new is None else [new.params, *new.memory.values()]
+    bad = next((name for name in map(finite, trees) if name is not None), None)
     if bad is not None:
         record.failed, new = f"the new state is not finite in '{bad}'", None
     record.used, record.lost, record.rejected = reduction.clients, list(server.lost), list(server.rejected)
