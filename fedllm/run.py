@@ -188,18 +188,12 @@ def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
     if recipe.task.labels is not None:
         return recipe.task.labels
     column = "label" if recipe.task.kind == "sequence-classification" else "tags"
-    found: set[str] = set()
-    for client in federation.client_ids:
-        for split in ("train", "eval"):
-            for row in federation.rows(client, split):
-                values = row.get(column) if column == "tags" else [row.get(column)]
-                found.update(str(value) for value in values or () if value is not None)
-    if not found:
+    if federation.label_column != column or not federation.labels:
         raise ConfigError(
             f"The task {recipe.task.kind} needs the column '{column}', and no row has it.",
             action=f"Map yours: data.columns.{column}=YOUR_COLUMN.",
         )
-    return sorted(found)
+    return [str(label) for label in federation.labels]
 
 
 def method_of(recipe: Recipe, key: str | None = None) -> Method:

@@ -6,6 +6,7 @@ of the model only: the model is built without memory, its parameters are counted
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from fedllm.models.settings import ModelSettings
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
+
+    from fedllm.models.load import Place
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.52}
 """Bytes per weight. NF4 with twice quantised constants takes 4.127 bits (Dettmers et al. 2023, QLoRA, section 3)."""
@@ -69,7 +72,7 @@ def estimate(
     with load.quiet():
         config = load.read_config(settings, place)
         load.check_kind(settings, place, config, kind)
-        model = load.skeleton(config, kind, settings.trust_remote_code)
+        model = load.skeleton(settings, place, config, kind)
     weights = weight_bytes(model, settings)
     adapters = 4 * adapter_parameters * width
     activations = activation_bytes(model, settings, batch * width, length, length if labelled is None else labelled)
@@ -95,14 +98,16 @@ def check_fits(settings: ModelSettings, kind: str) -> None:
     with load.quiet():
         config = load.read_config(settings, place)
         load.check_kind(settings, place, config, kind)
-        check_weights(settings, config, kind, load.pick_device(settings))
+        check_weights(settings, place, config, kind, load.pick_device(settings))
 
 
-def check_weights(settings: ModelSettings, config: PreTrainedConfig, kind: str, device: torch.device) -> None:
+def check_weights(
+    settings: ModelSettings, place: Place, config: PreTrainedConfig, kind: str, device: torch.device
+) -> None:
     """As :func:`check_fits`, for a configuration that has been read and a device that has been picked."""
     from fedllm.models import load
 
-    model = load.skeleton(config, kind, settings.trust_remote_code)
+    model = load.skeleton(settings, place, config, kind)
     free = available_bytes(device)
     needed = weight_bytes(model, settings)
     if needed <= free:
@@ -122,24 +127,29 @@ def check_weights(settings: ModelSettings, config: PreTrainedConfig, kind: str, 
 
 def weight_bytes(model: nn.Module, settings: ModelSettings) -> int:
     """The bytes of all parameters and buffers of `model` as `settings` hold them; the model may be on meta."""
-    small = set()
-    if settings.quantize:
-        small = {id(weight) for layer in structure.linears(model).values() if (weight := layer.weight) is not None}
-    total = 0.0
-    for parameter in model.parameters():
-        total += parameter.numel() * BYTES[settings.quantize or "4bit" if id(parameter) in small else settings.dtype]
-    return int(total) + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    layers = set(structure.quantizable(model)) if settings.quantize else set()
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())  # T5 and others, in half precision
+    total = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    for name, parameter in model.named_parameters():
+        layer, held = name.rpartition(".")[0], settings.dtype
+        if settings.dtype == "float16" and kept & set(name.split(".")):
+            held = "float32"
+        elif layer in layers and name.endswith(".weight") and not kept & set(name.split(".")):
+            held = settings.quantize or held
+        total += math.ceil(parameter.numel() * BYTES[held])
+    return total
 
 
 def activation_bytes(model: nn.Module, settings: ModelSettings, rows: int, length: int, labelled: int) -> int:
     """The bytes that a forward pass over `rows` rows of `length` tokens keeps for the backward pass.
 
-    Per token and block: 10 vectors of the hidden width (norms, query, key, value, attention output, residuals) and 4
-    of the feed-forward width; with eager attention also 2 scores for each head and each other token. With gradient
-    checkpointing: one hidden vector per block, and all of one block. On top, logits of a language model at the
-    labelled positions: 3 float32 numbers per word of the vocabulary (logits, their softmax, their gradient). In the
-    manner of Korthikanti et al. 2022, Reducing Activation Recomputation, section 4, without dropout masks and for
-    frozen weights. An estimate, good to about a factor of two.
+    Per token and block: 8 vectors of the hidden width (norms, query, key, value, attention output, residuals) and 3
+    of the feed-forward width (gate, its activation, up); with eager attention also 2 scores for each head and each
+    other token. With gradient checkpointing: one hidden vector per block, and all of one block. On top, logits of a
+    language model at the labelled positions: 3 float32 numbers per word of the vocabulary (logits, their softmax,
+    their gradient). In the manner of Korthikanti et al. 2022, Reducing Activation Recomputation, section 4, for
+    frozen weights and without dropout. The toys keep 0.5 to 0.9 of it in a forward pass, which leaves room for what
+    the backward pass needs for a moment.
     """
     number = BYTES[settings.dtype]
     kept = 0.0
@@ -148,10 +158,10 @@ def activation_bytes(model: nn.Module, settings: ModelSettings, rows: int, lengt
         inner = _first(config, "intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "hidden_dim") or 4 * hidden
         heads = _first(config, "num_attention_heads", "n_head", "num_heads")
         scores = 2 * heads * tokens if settings.attention == "eager" else 0
-        block = 10 * hidden + 4 * inner + scores
+        block = 8 * hidden + 3 * inner + scores
         per_token = blocks * hidden + block if settings.gradient_checkpointing else blocks * block
         kept += rows * tokens * per_token * number
-    output = structure._output(model)
+    output = structure.output_head(model)
     vocabulary = structure.features(output)[1] if output is not None and structure.is_linear(output) else 0
     return int(kept) + 12 * rows * min(labelled, length) * vocabulary
 

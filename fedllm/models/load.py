@@ -89,23 +89,33 @@ def load_model(settings: ModelSettings, kind: Kind, labels: Sequence[str] | int 
     with quiet():
         config = read_config(settings, place)
         check_kind(settings, place, config, kind)
-        generic = _set_labels(config, kind, labels)
+        keep_head = _set_labels(config, kind, labels)
         device = pick_device(settings)
         _check_options(settings, place)
-        footprint.check_weights(settings, config, kind, device)
+        if place.toy is None:
+            footprint.check_weights(settings, place, config, kind, device)
         with _explained(settings, place):
             if settings.random or place.toy:
                 model, new = _random(settings, config, kind, seed), None
             else:
                 model, new = _pretrained(settings, place, config, kind, device)
-        notes = _settle_head(model, place, kind, labels, generic, new, seed)
+        made = _new_weights(model, place, kind, new, keep_head)
+        if made and labels is None and kind in CLASSIFYING and place.toy is None:
+            raise ModelError(
+                f"The model '{place.name}' has no trained head for {kind}, and no labels were given.",
+                action="Give the labels, so that a new head can be made.",
+            )
+        structure.mark_fresh(model, made)
+        draw(model, made, seed)
         _freeze(model, settings)
         tokenizer = _tokenizer(settings, place, kind)
+        notes = [] if new is None or not made else [_made_note(place, made, kind, seed)]
         if tokenizer is not None:
             notes += _fit_tokenizer(model, tokenizer, settings)
-        with _explained(settings, place):
-            model.to(device) if settings.quantize is None else None
-    mark = fingerprint(model, structure.fresh(model), _stamp(settings, place, config, kind))
+        if settings.quantize is None:
+            with _explained(settings, place):
+                model.to(device)
+    mark = fingerprint(model, made, _stamp(settings, place, config, kind))
     return Loaded(model, tokenizer, settings.name, kind, mark, config.model_type, notes)
 
 
@@ -172,10 +182,10 @@ def check_kind(settings: ModelSettings, place: Place, config: PreTrainedConfig, 
         )
 
 
-def skeleton(config: PreTrainedConfig, kind: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(settings: ModelSettings, place: Place, config: PreTrainedConfig, kind: str) -> PreTrainedModel:
     """The model of `config` on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        return _auto_class(config, kind).from_config(config, trust_remote_code=trust_remote_code)
+    with _explained(settings, place), torch.device("meta"):
+        return _auto_class(config, kind).from_config(config, trust_remote_code=settings.trust_remote_code)
 
 
 def pick_device(settings: ModelSettings) -> torch.device:
@@ -238,9 +248,9 @@ def _has_kind(config: PreTrainedConfig, kind: str) -> bool:
 def _auto_class(config: PreTrainedConfig, kind: str) -> Any:
     import transformers
 
-    if kind == "feature-extraction" and config.is_encoder_decoder:
-        if type(config) in transformers.AutoModelForTextEncoding._model_mapping:
-            return transformers.AutoModelForTextEncoding
+    encoders = transformers.AutoModelForTextEncoding
+    if kind == "feature-extraction" and config.is_encoder_decoder and type(config) in encoders._model_mapping:
+        return encoders  # of an encoder-decoder the encoder alone
     return getattr(transformers, AUTO[kind])
 
 
@@ -270,7 +280,9 @@ def _random(settings: ModelSettings, config: PreTrainedConfig, kind: str, seed: 
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
-    return model.to(getattr(torch, settings.dtype))
+    for parameter in model.parameters():  # buffers such as rotary frequencies keep float32, as in stored models
+        parameter.data = parameter.data.to(getattr(torch, settings.dtype))
+    return model
 
 
 def _pretrained(
@@ -279,7 +291,8 @@ def _pretrained(
     """The stored weights, and the names of the parameters that were not among them in this shape."""
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
     if settings.quantize:
-        options |= {"quantization_config": _quantisation(settings), "device_map": {"": device}}
+        plain = _unquantized(skeleton(settings, place, config, kind))
+        options |= {"quantization_config": _quantization(settings, plain), "device_map": {"": device}}
     with torch.random.fork_rng(devices=[]):
         model, info = _auto_class(config, kind).from_pretrained(
             place.source,
@@ -294,17 +307,24 @@ def _pretrained(
     return model, set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
 
 
-def _quantisation(settings: ModelSettings) -> Any:
+def _unquantized(model: torch.nn.Module) -> list[str]:
+    """The linear layers that keep full numbers; the choice of transformers would quantise some classifiers."""
+    small = set(structure.quantizable(model))
+    return [name for name, module in model.named_modules() if structure.is_linear(module) and name not in small]
+
+
+def _quantization(settings: ModelSettings, plain: list[str]) -> Any:
     """NF4 with twice quantised constants (Dettmers et al. 2023, QLoRA, section 3), or 8-bit rows."""
     from transformers import BitsAndBytesConfig
 
     if settings.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=plain)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        llm_int8_skip_modules=plain,
     )
 
 
@@ -324,42 +344,37 @@ def _set_labels(config: PreTrainedConfig, kind: str, labels: Sequence[str] | int
     return stored in (names, unnamed) or (names == unnamed and len(stored) == len(names))
 
 
-def _settle_head(
-    model: PreTrainedModel,
-    place: Place,
-    kind: str,
-    labels: Sequence[str] | int | None,
-    same_labels: bool,
-    new: set[str] | None,
-    seed: int,
-) -> list[str]:
-    """Draw the weights that are new from the seed, and refuse a base whose weights are not all there.
+def _new_weights(model: PreTrainedModel, place: Place, kind: str, new: set[str] | None, keep_head: bool) -> set[str]:
+    """The parameters that must be drawn from the seed, beyond a base that is there or random as a whole.
 
     Args:
         new: the parameters that were not stored; None where all weights are random.
+        keep_head: whether a stored classification head is for these labels. One of another class is never kept: a
+            tagger's head may have the shape of a classifier's.
+
+    Raises:
+        ModelError: weights of the base are lacking, beyond a pooler.
     """
-    heads = structure.head(model) or []
-    of_head = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{each}." for each in heads))}
-    made = of_head if new is None or (new & of_head) or not same_labels else set()
-    poolers = {name for name in new or () if "pooler" in name.split(".")}
-    lacking = sorted((new or set()) - made - poolers)
+    heads = tuple(f"{name}." for name in structure.head(model) or ())
+    of_head = {name for name, _ in model.named_parameters() if name.startswith(heads)}
+    if new is None:
+        return of_head
+    stored_as = model.config.architectures or [type(model).__name__]
+    keep_head = keep_head and not new & of_head and type(model).__name__ in stored_as
+    poolers = {name for name in new if "pooler" in name.split(".")}
+    lacking = sorted(new - of_head - poolers)
     if lacking:
         raise ModelError(
             f"The weights of '{place.name}' lack {len(lacking)} tensors that {kind} needs, such as '{lacking[0]}', "
             "or have them in another shape.",
             action="Choose a model made for this task, or set `random: true` to train from scratch.",
         )
-    if made and labels is None and place.toy is None:
-        raise ModelError(
-            f"The model '{place.name}' has no trained head for {kind}, and no labels were given.",
-            action="Give the labels, so that a new head can be made.",
-        )
-    made = made | poolers
-    structure.mark_fresh(model, made)
-    draw(model, made, seed)
-    if new is None or not made:
-        return []
-    return [f"The weights of '{place.name}' have no {_parts(made)}; new ones were drawn from the seed {seed}."]
+    return poolers if keep_head else of_head | poolers
+
+
+def _made_note(place: Place, made: Collection[str], kind: str, seed: int) -> str:
+    parts = sorted({name.rpartition(".")[0] for name in made})
+    return f"New weights for {kind} were drawn from the seed {seed}: '{place.name}' has none for {', '.join(parts)}."
 
 
 def draw(model: PreTrainedModel, names: Collection[str], seed: int) -> None:
@@ -427,10 +442,6 @@ def _freeze(model: PreTrainedModel, settings: ModelSettings) -> None:
     model.eval()
 
 
-def _parts(names: Collection[str]) -> str:
-    return " and no ".join(sorted({name.rpartition(".")[0] for name in names}))
-
-
 # --- tokenizer ---------------------------------------------------------------------------------------------------
 
 
@@ -482,7 +493,7 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer: Any, settings: ModelSettin
 
 # --- fingerprint -------------------------------------------------------------------------------------------------
 
-_FINGERPRINTS: dict[tuple[Any, ...], str] = {}
+_FINGERPRINTS: dict[tuple[Any, ...] | None, str] = {}
 
 
 def fingerprint(model: torch.nn.Module, exclude: Collection[str] = (), stamp: tuple[Any, ...] | None = None) -> str:
@@ -496,8 +507,9 @@ def fingerprint(model: torch.nn.Module, exclude: Collection[str] = (), stamp: tu
     Raises:
         ModelError: a weight is not a finite number.
     """
-    if stamp is not None and stamp in _FINGERPRINTS:
-        return _FINGERPRINTS[stamp]
+    key = None if stamp is None else (*stamp, *sorted(exclude))
+    if key in _FINGERPRINTS:
+        return _FINGERPRINTS[key]
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name in exclude or not isinstance(tensor, torch.Tensor):
@@ -509,8 +521,8 @@ def fingerprint(model: torch.nn.Module, exclude: Collection[str] = (), stamp: tu
             )
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    if stamp is not None:
-        _FINGERPRINTS[stamp] = digest.hexdigest()
+    if key is not None:
+        _FINGERPRINTS[key] = digest.hexdigest()
     return digest.hexdigest()
 
 
@@ -562,65 +574,114 @@ def _explained(settings: ModelSettings, place: Place, what: str = "model") -> It
         raise _explanation(error, settings, place, what) from error
 
 
+class _Rule(NamedTuple):
+    """What to say where one of the `classes` or `texts` occurs in an error; braces are filled in."""
+
+    classes: frozenset[str]
+    texts: tuple[str, ...]
+    given: str
+    action: str
+    list_names: bool = False
+
+
+_RULES = (
+    _Rule(
+        frozenset({"GatedRepoError"}),
+        (),
+        "The {what} '{name}' is gated: its owner must let you in.",
+        "Ask at https://huggingface.co/{name}, then set HF_TOKEN or run 'hf auth login'.",
+    ),
+    _Rule(
+        frozenset({"RevisionNotFoundError"}),
+        (),
+        "The {what} '{name}' has no revision '{revision}'.",
+        "Give a branch, tag or commit of it.",
+    ),
+    _Rule(
+        frozenset({"RepositoryNotFoundError", "HFValidationError"}),
+        (),
+        "The {what} '{name}' is no folder here, and the hub has none of this name or keeps it private.",
+        "Check the spelling, or set HF_TOKEN for a private one.",
+        True,
+    ),
+    _Rule(
+        frozenset({"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException"}),
+        (),
+        "The {what} '{name}' is no folder here and was not downloaded before, and the hub cannot be reached.",
+        "Run 'hf download {name}' where there is a network, or give a folder.",
+        True,
+    ),
+    _Rule(
+        frozenset({"SafetensorError", "UnpicklingError"}),
+        (),
+        "The weights of '{name}' are damaged: {short}.",
+        "Download or copy them again.",
+    ),
+    _Rule(
+        frozenset({"JSONDecodeError"}),
+        ("valid JSON",),
+        "A file of the {what} '{name}' is not valid JSON: {short}.",
+        "Download or copy it again.",
+    ),
+    _Rule(
+        frozenset({"MemoryError", "OutOfMemoryError"}),
+        ("allocate memory",),
+        "Memory ran out while '{name}' was loaded.",
+        "Set `dtype: bfloat16` or `quantize: 4bit`, or choose a smaller model.",
+    ),
+    _Rule(
+        frozenset(),
+        ("custom code", "trust_remote_code"),
+        "The {what} '{name}' comes with Python code of its own.",
+        "Read that code, then set `trust_remote_code: true`.",
+    ),
+    _Rule(
+        frozenset(),
+        ("does not recognize this architecture", "Unrecognized model"),
+        "The installed transformers does not know the architecture of '{name}'.",
+        "Update transformers, or choose another model.",
+    ),
+    _Rule(
+        frozenset(),
+        ("attn_implementation", "attention implementation", "flash_attn", "FlashAttention", "flash-attn"),
+        "The attention '{attention}' cannot be used with '{name}': {short}.",
+        "Leave out `attention`.",
+    ),
+    _Rule(
+        frozenset({"ImportError"}),
+        (),
+        "The {what} '{name}' needs a library that is not installed: {short}.",
+        "Install that library.",
+    ),
+)
+_OTHERWISE = _Rule(
+    frozenset(), (), "The {what} '{name}' could not be loaded: {short}.", "Check that all its files are there."
+)
+
+
 def _explanation(error: Exception, settings: ModelSettings, place: Place, what: str) -> ModelError:
-    """The four parts for one library error, by the classes in its chain of causes."""
+    """The four parts for one library error, by the classes and texts in its chain of causes; the first rule wins."""
     chain = list(_causes(error))
     classes = {base.__name__ for each in chain for base in type(each).__mro__}
     text = " ".join(str(each) for each in chain)
-    name = place.name
-    short = str(error).strip().split("\n")[0][:200].rstrip(".")
-
-    def says(given: str, action: str = "", allowed: str = "", near: str | None = None) -> ModelError:
-        return ModelError(given, allowed, near, action)
-
-    if "GatedRepoError" in classes:
-        return says(
-            f"The {what} '{name}' is gated: its owner must let you in.",
-            f"Ask at https://huggingface.co/{name}, then set HF_TOKEN or run 'hf auth login'.",
-        )
-    if "RevisionNotFoundError" in classes:
-        return says(
-            f"The {what} '{name}' has no revision '{settings.revision}'.", "Give a branch, tag or commit of it."
-        )
-    near = nearest(name, [*BUNDLED, *(toy.PREFIX + family for family in toy.KINDS)])
-    if classes & {"RepositoryNotFoundError", "HFValidationError"}:
-        return says(
-            f"There is no {what} '{name}' in this place or on the hub, or it is private.",
-            "Check the spelling, or set HF_TOKEN for a private one.",
-            _known_names(),
-            near,
-        )
-    if classes & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException"}:
-        return says(
-            f"The {what} '{name}' is not on this machine and the hub could not be reached.",
-            f"Download it where there is a network ('hf download {name}') and give its folder.",
-            _known_names(),
-            near,
-        )
-    if "SafetensorError" in classes or "UnpicklingError" in classes:
-        return says(f"The weights of '{name}' are damaged: {short}.", "Download or copy them again.")
-    if "JSONDecodeError" in classes or "valid JSON" in text:
-        return says(f"A file of the {what} '{name}' is not valid JSON: {short}.", "Download or copy it again.")
-    if classes & {"MemoryError", "OutOfMemoryError"} or "allocate memory" in text:
-        return says(
-            f"Memory ran out while '{name}' was loaded.", "Set `dtype: bfloat16`, `quantize: 4bit` or a smaller model."
-        )
-    if "custom code" in text or "trust_remote_code" in text:
-        return says(
-            f"The {what} '{name}' comes with Python code of its own.",
-            "Read that code, then set `trust_remote_code: true`.",
-        )
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return says(
-            f"The architecture of '{name}' is unknown to the installed transformers.", "Update transformers, or choose."
-        )
-    if settings.attention and ("flash" in text.lower() or "attn_implementation" in text or "attention" in text):
-        return says(
-            f"The attention '{settings.attention}' cannot be used with '{name}': {short}.", "Leave out `attention`."
-        )
-    if "ImportError" in classes:
-        return says(f"The {what} '{name}' needs a library that is not installed: {short}.", "Install that library.")
-    return says(f"The {what} '{name}' could not be loaded: {short}.", "Check that all its files are there.")
+    rule = next(
+        (rule for rule in _RULES if rule.classes & classes or any(part in text for part in rule.texts)), _OTHERWISE
+    )
+    short = (str(error).strip() or type(error).__name__).split("\n")[0][:200].rstrip(".:; ")
+    filling = {
+        "what": what,
+        "name": place.name,
+        "short": short,
+        "revision": settings.revision,
+        "attention": settings.attention,
+    }
+    names = [*BUNDLED, *(toy.PREFIX + family for family in toy.KINDS)] if rule.list_names else []
+    return ModelError(
+        rule.given.format(**filling),
+        _known_names() if names else "",
+        nearest(place.name, names),
+        rule.action.format(**filling),
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

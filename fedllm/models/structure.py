@@ -83,7 +83,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
     With a language-model head or a classifier on top, the base is what transformers calls the base model.
     """
-    base, output = _base(model), _output(model)
+    base, output = _base(model), output_head(model)
     outside = set(head(model) or ())
     found = {}
     for name, module in model.named_modules():
@@ -92,6 +92,14 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
         if base is None or _inside(name, {base}):
             found[name] = module
     return found
+
+
+def quantizable(model: nn.Module) -> list[str]:
+    """The names of the linear layers that may be held in 4 or 8 bits: those of the base, without poolers.
+
+    A pooler may be new, and new weights are trained; so may a head, which :func:`linears` leaves out.
+    """
+    return [name for name in linears(model) if "pooler" not in name.split(".")]
 
 
 def match(model: nn.Module, targets: str | Sequence[str] = "auto", adapter: str = "lora") -> list[str]:
@@ -146,6 +154,14 @@ def head(model: nn.Module) -> list[str] | None:
     return poolers + names or None
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The linear layer that makes the logits of a language model, or None where the model has none."""
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 def mark_fresh(model: nn.Module, parameters: Iterable[str]) -> None:
     """Record on `model` which parameters were not in the loaded weights but made anew."""
     setattr(model, _FRESH, tuple(sorted(parameters)))
@@ -198,7 +214,7 @@ def biases(model: nn.Module) -> list[str]:
     Source: Ben Zaken et al. 2022, BitFit. Empty for families without biases (Llama, T5).
     """
     base, outside = _base(model), set(head(model) or ())
-    names = [name for name, _ in model.named_parameters() if name.endswith("bias") and not _inside(name, outside)]
+    names = [name for name, _ in model.named_parameters() if name.endswith(".bias") and not _inside(name, outside)]
     return [name for name in names if base is None or _inside(name, {base})]
 
 
@@ -222,13 +238,6 @@ def _base(model: nn.Module) -> str | None:
     """The name of the child that is the base model; None where the model itself is the base or has no such child."""
     name = getattr(model, "base_model_prefix", "")
     return name if name and name in dict(model.named_children()) else None
-
-
-def _output(model: nn.Module) -> nn.Module | None:
-    try:
-        return model.get_output_embeddings()  # type: ignore[operator]
-    except (NotImplementedError, AttributeError):
-        return None
 
 
 def _is_attention(name: str) -> bool:

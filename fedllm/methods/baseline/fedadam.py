@@ -18,7 +18,7 @@ class FedAdam(AdaptiveServer):
         cells=("2.4 Decentralized Training", "2.5 Frameworks"),
         travels="as FedAvg",
         claim="Adaptive server steps help where gradients are sparse or clients differ.",
-        status="runs",
+        status="verified",
     )
 
     def second(self, v: torch.Tensor, d: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class FedAvgM(Method):
         cells=("2.4 Decentralized Training", "2.5 Frameworks"),
         travels="as FedAvg",
         claim="Needs fewer rounds than FedAvg where cohorts are small and clients differ.",
-        status="runs",
+        status="verified",
     )
 
     beta: float = Field(0.9, ge=0, lt=1)

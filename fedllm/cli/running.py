@@ -1,0 +1,189 @@
+"""Running - `run`, `resume`, `compare`: train, go on after a stop, several methods over the same ground.
+
+Ctrl-C once ends a run after the current round, which is saved; twice ends it at once, and the last saved round counts.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedllm.cli import complete, screen
+from fedllm.cli.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from fedllm.cli.live import Live
+    from fedllm.run import Result
+
+INTERRUPTED = 130
+"""Exit code of a run that was stopped: 128 + SIGINT."""
+DEFAULT = "quickstart"
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options laid over the recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+RunFolderArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder.", autocompletion=complete.runs, show_default=False)
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands."""
+    panel = "Train"
+    app.command("run", rich_help_panel=panel)(run_recipe)
+    app.command("resume", rich_help_panel=panel)(resume_run)
+    app.command("compare", rich_help_panel=panel)(compare_methods)
+
+
+def run_recipe(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(help="A file, or the name of a bundled recipe.", autocompletion=complete.recipes)
+    ] = DEFAULT,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, typer.Option(help="The run's folder; by default a new one under runs/.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Play a recipe from beginning to end. For example: fedllm run quickstart rounds=3 method=fedprox"""
+    recipe, given = split_recipe(recipe, overrides)
+    with screen.loading("Loading libraries"):
+        from fedllm.cli.live import watcher
+        from fedllm.run import run
+
+        load_plugins()
+    watch = watcher(as_json=as_json, quiet=quiet)
+    with interruptible(watch, lambda: resume_hint(watch.folder)), watch:
+        result = run(recipe, given, folder=folder, watch=watch, debug=context.obj)
+    show_result(result, as_json)
+
+
+def resume_run(
+    context: typer.Context, run_folder: RunFolderArgument, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Go on with a run that was stopped, to the same bits as if it had not been."""
+    with screen.loading("Loading libraries"):
+        from fedllm.cli.live import watcher
+        from fedllm.run import resume
+
+        load_plugins()
+    watch = watcher(as_json=as_json, quiet=quiet)
+    with interruptible(watch, lambda: resume_hint(run_folder)), watch:
+        result = resume(run_folder, watch=watch, debug=context.obj)
+    show_result(result, as_json)
+
+
+def compare_methods(
+    recipe: Annotated[
+        str, typer.Argument(help="A file, or the name of a bundled recipe.", autocompletion=complete.recipes)
+    ] = DEFAULT,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods", "-m", help="Keys with commas; base is the untrained model.", autocompletion=complete.method_lists
+        ),
+    ] = "base,local,fedavg,central",
+    seeds: Annotated[int, typer.Option("--seeds", "-s", min=1, help="Runs of each method.")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="Where results are kept; given again, it goes on there.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Several methods over the same clients, steps, rounds and seeds: one table with mean and spread."""
+    recipe, given = split_recipe(recipe, overrides)
+    keys = list(dict.fromkeys(key.strip() for key in methods.split(",") if key.strip()))
+    with screen.loading("Loading libraries"):
+        from fedllm.cli.live import watcher
+        from fedllm.compare import compare
+
+        load_plugins()
+    watch = watcher(seeds * sum(key != "base" for key in keys), as_json, quiet)
+    with interruptible(watch, lambda: f"Go on with the same command and: --folder {watch.folder}"), watch:
+        comparison = compare(recipe, keys, seeds, given, folder=folder, watch=watch)
+        watch.finished = True
+    if as_json:
+        screen.emit(comparison.table)
+        return
+    screen.show(comparison_table(comparison.table))
+    screen.say(f"Table: {comparison.folder / 'compare.md'}")
+
+
+def split_recipe(recipe: str, overrides: list[str] | None) -> tuple[str, list[str]]:
+    """Recipe and overrides; `fedllm run rounds=3` means the default recipe."""
+    given = list(overrides or [])
+    return (DEFAULT, [recipe, *given]) if "=" in recipe and not Path(recipe).exists() else (recipe, given)
+
+
+@contextmanager
+def interruptible(watch: Live, hint: Callable[[], str]) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) stops `watch` after its round, the second ends at once; both tell how to go on."""
+
+    def stop(*_: object) -> None:
+        if watch.stop:
+            raise KeyboardInterrupt
+        watch.interrupted()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        screen.say(f"Stopped. {hint()}", errors=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_hint(folder: Path | None) -> str:
+    """How to go on with a run."""
+    return "Nothing was begun." if folder is None else f"Go on with: fedllm resume {folder}"
+
+
+def show_result(result: Result, as_json: bool) -> None:
+    """The table, what it means, the files; leaves with 130 where the run was stopped before its end."""
+    if as_json:
+        screen.emit({"folder": str(result.folder), **result.table})
+    else:
+        from fedllm.report.table import result_table
+
+        screen.say()
+        screen.show(result_table(result))
+        screen.say()
+        for sentence in result.sentences:
+            screen.say(sentence, "bold")
+        screen.say()
+        for name, file in result.table["files"].items():
+            screen.say(f"{name.capitalize():8} {file}")
+    screen.warn(result.table["warnings"])
+    if not result.finished:
+        hint = resume_hint(result.folder)
+        screen.say(f"Stopped after round {result.table['rounds']}. {hint}", errors=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+def comparison_table(table: dict[str, Any]) -> Any:
+    """A comparison as a rich table: rows = methods."""
+    from rich.table import Table
+
+    from fedllm.report.words import NAMES, bytes_text, value_text
+
+    metric, seeds = table["metric"], table["seeds"]
+    others = [name for name in table["rows"][0]["metrics"] if name != metric]
+    caption = f"{table['rounds']} rounds, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; mean"
+    shown = Table(title=table["name"], caption=caption + (" ± standard deviation" if len(seeds) > 1 else ""))
+    shown.add_column("method")
+    for name in (NAMES.get(metric, metric), "worst 10 %", *(NAMES.get(n, n) for n in others), "up", "tokens", "seconds"):
+        shown.add_column(name, justify="right")
+    for row in table["rows"]:
+        spread = f" ± {value_text(metric, row['std'])}" if row["std"] is not None else ""
+        cells = [row["method"], value_text(metric, row["mean"]) + spread, value_text(metric, row["worst"])]
+        cells += [value_text(name, row["metrics"][name]) for name in others]
+        trained = row["method"] != "base"
+        cost = [bytes_text(row["up"]), f"{row['tokens']:,.0f}", f"{row['seconds']:.1f}"] if trained else ["", "", ""]
+        shown.add_row(*cells, *cost)
+    return shown

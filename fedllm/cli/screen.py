@@ -1,0 +1,100 @@
+"""Screen - where the command line writes: tables and texts to stdout, progress and errors to stderr.
+
+Consoles are made when they are used, so that redirected streams are found. Nothing heavy is imported here: rich is
+loaded with the first console and fedllm's own parts not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+PIPED_WIDTH = 160
+"""Columns of a table that is written into a file or a pipe; the variable COLUMNS overrides it."""
+
+
+def console(errors: bool = False) -> Console:
+    """A console on stdout, or on stderr where `errors`."""
+    from rich.console import Console
+
+    stream = sys.stderr if errors else sys.stdout
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(file=stream, width=wide, highlight=False)
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print tables to stdout."""
+    place = console()
+    for renderable in renderables:
+        place.print(renderable)
+
+
+def say(text: str = "", style: str | None = None, errors: bool = False) -> None:
+    """Print a text as it is: no markup, no hard wrapping, so that paths can be copied."""
+    console(errors).print(text, style=style, markup=False, soft_wrap=True)
+
+
+def emit(value: Any) -> None:
+    """Print one JSON document to stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def fail(first: str, rest: Sequence[str] = ()) -> None:
+    """Print an error to stderr: `Error:` in red on a terminal, then one indented line for each further part."""
+    from rich.text import Text
+
+    place = console(errors=True)
+    place.print(Text("Error: ", "bold red") + Text(first), soft_wrap=True)
+    for part in rest:
+        place.print(Text(f"  {part}"), soft_wrap=True)
+
+
+def warn(texts: Sequence[str]) -> None:
+    """Print warnings to stderr."""
+    for text in texts:
+        say(f"Warning: {text}", "yellow", errors=True)
+
+
+def can_show(characters: str) -> bool:
+    """Whether stdout can write these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+@contextmanager
+def loading(text: str) -> Iterator[None]:
+    """A spinner on stderr while libraries are loaded; nothing where stderr is no terminal."""
+    place = console(errors=True)
+    if not place.is_terminal:
+        yield
+        return
+    with place.status(f"{text} ...", refresh_per_second=4):
+        yield
+
+
+def hush(debug: bool) -> None:
+    """Keep the libraries' own progress bars, logs and warnings off the screen; call it before they are imported."""
+    import warnings
+
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not debug:
+        warnings.simplefilter("ignore")

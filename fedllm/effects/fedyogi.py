@@ -1,0 +1,10 @@
+"""FedYogi lowers the loss faster than FedAvg where cohorts are small and clients differ: digits, two classes a client."""
+
+from fedllm.effects import Evidence
+from fedllm.effects.rig import small_cohorts
+from fedllm.methods.baseline.fedyogi import FedYogi
+
+
+def measure() -> Evidence:
+    """Held-out loss after 30 rounds with 2 of 20 clients a round."""
+    return Evidence("fedyogi", FedYogi.card.claim, *small_cohorts("fedyogi", margin=0.3, server_lr=0.03))
