@@ -149,7 +149,7 @@ def _structure(data: bytes) -> dict[str, Any]:
 
 def _build(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
     by_part: dict[str, dict[str, torch.Tensor]] = {name: {} for name in structure["parts"]}
-    for full, tensor in tensors.items():
+    for full, tensor in sorted(tensors.items()):  # the library gives them in a random order
         if tensor.dtype not in DTYPES or tensor.dim() > DIMS_LIMIT:
             raise ValueError(f"{tensor.dtype} in {tensor.dim()} dimensions")
         part, _, key = full.partition("/")
