@@ -41,6 +41,8 @@ from fedllm.report.tracking import open_trackers
 from fedllm.report.words import sentences
 from fedllm.tasks.learner import TransformerLearner
 
+LOWER_IS_BETTER = ("loss", "perplexity")
+
 FAILED_LIMIT = 3
 """So many failed rounds in a row end a run."""
 
@@ -390,14 +392,36 @@ def headline(ground: Ground) -> str:
 
 
 def _row(ground: Ground, model: str, label: str, counts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    metric, values = headline(ground), ground.learner.values
-    clients = {c: {"n": n.get("examples"), **values(n)} for c, n in sorted(counts.items())}
+    values = ground.learner.values
+    clients = {client: {"n": found.get("examples"), **values(found)} for client, found in sorted(counts.items())}
     total = pool(counts.values())
-    summary = (
-        summarise(clients, metric, higher_is_better=metric not in ("loss", "perplexity")).to_dict() if clients else {}
-    )
     pooled = {"n": total.get("examples", 0.0), **(values(total) if total else {})}
-    return {"model": model, "label": label, "clients": clients, "pooled": pooled, "summary": summary}
+    return {"model": model, "label": label, "clients": clients, "pooled": pooled, "summary": _summary(ground, clients)}
+
+
+def _summary(ground: Ground, clients: Any, reference: Any = None) -> dict[str, Any]:
+    """The headline metric over clients: mean, worst tenth, spread, interval, gain over a reference."""
+    if not clients:
+        return {}
+    metric = headline(ground)
+    better = ground.learner.higher_is_better and metric not in LOWER_IS_BETTER
+    return summarise(clients, metric, reference=reference, higher_is_better=better).to_dict()
+
+
+def with_gains(ground: Ground, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every row with its gain over the base model and over each client alone."""
+    found = {row["model"]: row["clients"] for row in rows}
+    return [
+        {
+            **row,
+            "gain": {
+                name: _summary(ground, row["clients"], found[name])["gain"]
+                for name in ("base", "local")
+                if name in found and name != row["model"] and row["clients"]
+            },
+        }
+        for row in rows
+    ]
 
 
 def base_row(ground: Ground) -> dict[str, Any]:
@@ -427,8 +451,8 @@ def _table(
         "rounds": first.state.round,
         "finished": finished,
         "metric": metric,
-        "higher_is_better": metric not in ("loss", "perplexity"),
-        "rows": rows,
+        "higher_is_better": metric not in LOWER_IS_BETTER,
+        "rows": with_gains(ground, rows),
         "clients": {client: ground.federation.names.get(client, client) for client in ground.federation.client_ids},
         "bytes": {"up": meter.total("up", "work"), "down": meter.total("down", "work")},
         "tokens": meter.tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -49,8 +50,8 @@ class Commands(TyperGroup):
             code = 130
         except Exception as fault:
             if debug:
-                raise
-            code = show_fault(fault)
+                traceback.print_exc()
+            code = show_fault(fault, debug)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -64,6 +65,8 @@ def debug_first(args: list[str]) -> tuple[list[str], bool]:
 
 def show_usage(fault: Any) -> int:
     """Print what is wrong with the command line, with the nearest choice; returns the exit code."""
+    if type(fault).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
+        return fault.exit_code
     rest, option = [], getattr(fault, "option_name", None)
     if option is not None and type(fault).__name__ == "NoSuchOption":
         first, near = f"No such option: {option}.", _near_option(fault, option)
@@ -87,15 +90,16 @@ def _near_option(fault: Any, option: str) -> str | None:
     return found[0] if found else None
 
 
-def show_fault(fault: Exception) -> int:
-    """Print an exception without its trace; returns the exit code."""
+def show_fault(fault: Exception, debug: bool = False) -> int:
+    """Print what went wrong in a few lines; returns the exit code."""
     errors = sys.modules.get("fedllm.core.errors")
     if errors is not None and isinstance(fault, errors.FedLLMError):
         near = f"Did you mean '{fault.nearest}'?" if fault.nearest else ""
         screen.fail(fault.given, [part for part in (fault.allowed, near, fault.action) if part])
         return fault.exit_code
     text = " ".join(str(fault).split())
-    screen.fail(f"{type(fault).__name__}: {text}" if text else type(fault).__name__, ["Run again with --debug."])
+    name = type(fault).__name__
+    screen.fail(f"{name}: {text}" if text else name, [] if debug else ["Run again with --debug to see where."])
     return CRASHED
 
 

@@ -110,5 +110,6 @@ def _words(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
 def _bounds(annotation: Any, metadata: typing.Sequence[Any]) -> str:
     if annotation not in (int, float):
         return ""
-    found = [f"{sign} {bound:g}" for name, sign in SIGNS for m in metadata if (bound := getattr(m, name, None)) is not None]
+    pairs = [(sign, getattr(bound, name, None)) for name, sign in SIGNS for bound in metadata]
+    found = [f"{sign} {bound:g}" for sign, bound in pairs if bound is not None]
     return f" {', '.join(found)}" if found else ""

@@ -84,11 +84,15 @@ def compare_methods(
     ] = DEFAULT,
     overrides: Overrides = None,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--methods", "-m", help="Keys with commas; base is the untrained model.", autocompletion=complete.method_lists
+            "--methods",
+            "-m",
+            help="Keys with commas; by default base (untrained), local, the recipe's own, fedavg, central.",
+            autocompletion=complete.method_lists,
+            show_default=False,
         ),
-    ] = "base,local,fedavg,central",
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", "-s", min=1, help="Runs of each method.")] = 1,
     folder: Annotated[Path | None, typer.Option(help="Where results are kept; given again, it goes on there.")] = None,
     as_json: Json = False,
@@ -96,12 +100,15 @@ def compare_methods(
 ) -> None:
     """Several methods over the same clients, steps, rounds and seeds: one table with mean and spread."""
     recipe, given = split_recipe(recipe, overrides)
-    keys = list(dict.fromkeys(key.strip() for key in methods.split(",") if key.strip()))
     with screen.loading("Loading libraries"):
         from fedllm.cli.live import watcher
         from fedllm.compare import compare
+        from fedllm.recipe import load_recipe
 
         load_plugins()
+        own = load_recipe(recipe, given).method.get("name", "fedavg")
+    wanted = ["base", "local", own, "fedavg", "central"] if methods is None else methods.split(",")
+    keys = list(dict.fromkeys(key.strip() for key in wanted if key.strip()))
     watch = watcher(seeds * sum(key != "base" for key in keys), as_json, quiet)
     with interruptible(watch, lambda: f"Go on with the same command and: --folder {watch.folder}"), watch:
         comparison = compare(recipe, keys, seeds, given, folder=folder, watch=watch)
@@ -177,7 +184,8 @@ def comparison_table(table: dict[str, Any]) -> Any:
     caption = f"{table['rounds']} rounds, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; mean"
     shown = Table(title=table["name"], caption=caption + (" ± standard deviation" if len(seeds) > 1 else ""))
     shown.add_column("method")
-    for name in (NAMES.get(metric, metric), "worst 10 %", *(NAMES.get(n, n) for n in others), "up", "tokens", "seconds"):
+    names = [NAMES.get(metric, metric), "worst 10 %", *(NAMES.get(name, name) for name in others)]
+    for name in (*names, "up", "tokens", "seconds"):
         shown.add_column(name, justify="right")
     for row in table["rows"]:
         spread = f" ± {value_text(metric, row['std'])}" if row["std"] is not None else ""

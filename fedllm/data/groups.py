@@ -6,7 +6,8 @@ disk in bounded memory, and a run streams the groups with a shuffle buffer of po
 Source: Charles et al. 2023, arXiv:2307.09619. Deviations: one process and plain files instead of a Beam pipeline;
 random and Dirichlet keys are functions of (seed, example), so a second run agrees; a size cap is counted.
 
-A shard is a row of groups, each a header (:data:`HEADER`, then the key) and its examples, each a length and JSON bytes.
+A shard is a row of groups, each a header (:data:`HEADER`, then the key) and its examples, each a :data:`RECORD` and
+JSON bytes; both carry a checksum, so a damaged example is never given.
 `index.json` names the shards with their sizes; it holds nothing for each group or example.
 """
 
@@ -37,11 +38,13 @@ from fedllm.core.seeds import numpy_stream, python_stream
 
 Example = Mapping[str, Any]
 FORMAT = "fedllm groups 1"
-HEADER = struct.Struct("<4sIQQII")
-"""Mark, bytes of the key, examples, bytes of all examples with their lengths, CRC-32 of those, CRC-32 of the header."""
+HEADER = struct.Struct("<4sIQQI")
+"""Mark, bytes of the key, examples, bytes of all records, CRC-32 of what is before and of the key."""
 MARK = b"grp1"
-LENGTH = struct.Struct("<I")
+RECORD = struct.Struct("<II")
+"""Bytes of an example, CRC-32 of its bytes that begins with their number."""
 PAIR = struct.Struct("<II")
+"""In a bucket: bytes of the key, bytes of the example."""
 FAN_OUT = 64
 """Buckets that one pass writes at a time."""
 MEMORY = 32 * 2**20
@@ -371,7 +374,7 @@ def _group_in_memory(path: Path, writer: _Writer) -> None:
         places.setdefault(block[at + PAIR.size : start], []).append(start)
         at = start + body
     for key, starts in places.items():
-        sizes = (LENGTH.unpack_from(block, start - len(key) - LENGTH.size)[0] for start in starts)
+        sizes = (PAIR.unpack_from(block, start - len(key) - PAIR.size)[1] for start in starts)
         writer.write(key, (block[start : start + size] for start, size in zip(starts, sizes, strict=True)))
 
 
@@ -400,15 +403,13 @@ class _Writer:
         shard = self.shards[int.from_bytes(blake2b(key, digest_size=8).digest(), "little") % len(self.shards)]
         start, built = shard.file.tell(), self.built
         shard.file.write(bytes(HEADER.size) + key)
-        examples = size = total = left = left_bytes = check = 0
+        examples = size = total = left = left_bytes = 0
         for body in bodies:
             if left or (self.most is not None and size + len(body) > self.most):
                 left, left_bytes = left + 1, left_bytes + len(body)
                 continue
-            record = LENGTH.pack(len(body)) + body
-            shard.file.write(record)
-            check = zlib.crc32(record, check)
-            examples, size, total = examples + 1, size + len(body), total + len(record)
+            shard.file.write(RECORD.pack(len(body), zlib.crc32(body, len(body))) + body)
+            examples, size, total = examples + 1, size + len(body), total + RECORD.size + len(body)
         built.capped, built.left_out = built.capped + bool(left), built.left_out + left
         built.left_out_bytes += left_bytes
         shard.file.seek(start)
@@ -416,14 +417,14 @@ class _Writer:
             shard.file.truncate()
             built.empty += 1
             return
-        shard.file.write(_header(key, examples, total, check))
+        shard.file.write(_header(key, examples, total))
         shard.file.seek(0, os.SEEK_END)
         shard.groups, shard.examples = shard.groups + 1, shard.examples + examples
         built.groups, built.examples, built.bytes = built.groups + 1, built.examples + examples, built.bytes + size
 
 
-def _header(key: bytes, examples: int, size: int, check: int) -> bytes:
-    fields = (MARK, len(key), examples, size, check)
+def _header(key: bytes, examples: int, size: int) -> bytes:
+    fields = (MARK, len(key), examples, size)
     return HEADER.pack(*fields, zlib.crc32(HEADER.pack(*fields, 0) + key))
 
 
@@ -439,8 +440,7 @@ class Group:
         num_examples: its examples.
         path: its shard.
         start: where its first example begins, in bytes.
-        size: bytes of its examples with their lengths.
-        check: CRC-32 of those bytes.
+        size: bytes of its records.
     """
 
     key: str
@@ -448,38 +448,34 @@ class Group:
     path: Path
     start: int
     size: int
-    check: int
 
     def __len__(self) -> int:
         return self.num_examples
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Read example after example; the check is made after the last.
+        """Read example after example.
 
         Raises:
-            DataError: the shard is damaged.
+            DataError: the shard is damaged; an example is checked before it is given.
         """
         for body in self.bodies():
             yield json.loads(body.decode("utf-8", "surrogatepass"))
 
     def bodies(self) -> Iterator[bytes]:
         """The JSON bytes of every example."""
-        check, left = 0, self.size
+        left = self.size
         with _opened(self.path) as file:
             file.seek(self.start)
-            for _ in range(self.num_examples):
-                head = file.read(LENGTH.size)
-                size = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else left
-                left -= LENGTH.size + size
+            for number in range(self.num_examples):
+                head = file.read(RECORD.size)
+                size, check = RECORD.unpack(head) if len(head) == RECORD.size else (left, 0)
+                left -= RECORD.size + size
                 body = file.read(size) if left >= 0 else b""
-                if left < 0 or len(body) < size:
-                    raise _damaged(self.path, f"the group '{self.key}' is cut short")
-                check = zlib.crc32(body, zlib.crc32(head, check))
-                if left == 0 and check != self.check:
-                    raise _damaged(self.path, f"the checksum of the group '{self.key}' does not fit")
+                if left < 0 or len(body) < size or zlib.crc32(body, size) != check:
+                    raise _damaged(
+                        self.path, f"example {number + 1} of the group '{self.key}' is not as it was written"
+                    )
                 yield body
-        if left:
-            raise _damaged(self.path, f"the group '{self.key}' has another length than its header says")
 
 
 @dataclass(frozen=True)
@@ -510,7 +506,7 @@ def index(folder: str | Path) -> dict[str, Any]:
         found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{folder} is no folder of groups: it has no index.json.", action="Make one with fedllm.data.groups.build."
+            f"{folder} is no folder of groups: it has no index.json.", action="Make one with 'fedllm data build'."
         ) from None
     except (ValueError, OSError) as fault:
         raise _damaged(folder / "index.json", str(fault)) from fault
@@ -603,12 +599,14 @@ def _scan(path: Path, groups: int) -> Iterator[Group]:
             head = file.read(HEADER.size)
             if len(head) < HEADER.size:
                 raise _damaged(path, f"it ends after {number} of {groups} groups")
-            mark, key_size, examples, size, check, proof = HEADER.unpack(head)
+            mark, key_size, examples, size, _ = HEADER.unpack(head)
             key = file.read(key_size) if mark == MARK else b""
-            if mark != MARK or zlib.crc32(HEADER.pack(mark, key_size, examples, size, check, 0) + key) != proof:
-                raise _damaged(path, f"the header of group {number + 1} is not valid")
-            yield Group(key.decode("utf-8", "surrogatepass"), examples, path, file.tell(), size, check)
+            if _header(key, examples, size) != head:
+                raise _damaged(path, f"the header of group {number + 1} is not as it was written")
+            yield Group(key.decode("utf-8", "surrogatepass"), examples, path, file.tell(), size)
             file.seek(size, os.SEEK_CUR)
+        if file.read(1):
+            raise _damaged(path, f"it holds more than the {groups} groups of the index")
 
 
 def _opened(path: Path) -> IO[bytes]:

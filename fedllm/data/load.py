@@ -287,6 +287,7 @@ def from_files(path: str) -> Dataset:
                 files = [_unpacked(file) for file in files]
             names = [glob.escape(str(file.resolve())) for file in files]
             table = datasets.load_dataset(kind, data_files=names, split="train", **options)
+            table.data.validate(full=True)  # the JSON reader lets bytes through that are not UTF-8
     except Exception as fault:
         raise _unreadable(path, files, kind, fault) from fault
     if not len(table):
@@ -414,11 +415,10 @@ def _joined(rows: Rows, held: Rows, path: str) -> Rows:
 
 def _marked(rows: Rows, column: str, value: Any) -> Rows:
     """Hold out the rows whose column has this value; compared as text, so that 2016 finds '2016' too."""
-    codes, values = rows.codes(column)
-    wanted = [code for code, found in enumerate(values) if str(found) == str(value)]
-    held = numpy.flatnonzero(numpy.isin(codes, wanted))
+    found = (each is not None and str(each) == str(value) for each in rows.values(column))
+    held = numpy.flatnonzero(numpy.fromiter(found, bool, len(rows)))
     if not len(held):
-        shown = [str(found) for found in values]
+        shown = [str(each) for each in rows.distinct(column)]
         raise DataError(
             f"No row has {column}={value}, so none is held out.",
             f"Values of '{column}': {', '.join(shown[:10])}{', ...' if len(shown) > 10 else ''}.",
@@ -481,16 +481,27 @@ def _unreadable(path: str, files: Sequence[Path], kind: str, fault: Exception) -
     """Find the file and line at which reading failed, by reading again slowly."""
     if isinstance(fault, FedLLMError):
         return fault
+    newest: dict[tuple[str, str], str] = {}
     for file in files:
-        found = _first_fault(file, kind)
+        found = _first_fault(file, kind, newest)
         if found is not None:
             return DataError(found, action="Mend the file, or leave it out of data.path.")
-    cause = fault.__cause__ or fault
-    return DataError(f"{path} cannot be read: {type(cause).__name__}: {_first(cause)}.", action="Mend the file.")
+    cause, hint = fault.__cause__ or fault, ""
+    if newest:
+        (column, form), place = list(newest.items())[-1]
+        hint = f"The last new kind of value is in the column '{column}': {form} in {place}."
+    return DataError(
+        f"{path} cannot be read: {type(cause).__name__}: {_first(cause)}.",
+        hint,
+        action="Mend the file: every line needs the same columns, each of one type.",
+    )
 
 
-def _first_fault(file: Path, kind: str) -> str | None:
-    """What is wrong with a file, and in which line; None where it reads well by itself."""
+def _first_fault(file: Path, kind: str, newest: dict[tuple[str, str], str]) -> str | None:
+    """What is wrong with a file, and in which line; None where it reads well by itself.
+
+    Notes in `newest` where each column first holds each type, in the order in which they are met.
+    """
     number = 0
     try:
         with _open(file) as stream:
@@ -498,10 +509,15 @@ def _first_fault(file: Path, kind: str) -> str | None:
                 return f"{file} is not a parquet file, or is cut short." if _broken_parquet(stream) else None
             for number, line in enumerate(stream, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if number == 1 and kind == "json" and _one_document(file, text):
+                if kind == "csv" or not text.strip():
+                    continue
+                if number == 1 and _one_document(file, text):
                     return _document_fault(file)
-                if kind == "json" and text.strip() and not isinstance(json.loads(text), dict):
+                row = json.loads(text)
+                if not isinstance(row, dict):
                     return f"Line {number} of {file} holds no object: {text.strip()[:40]}"
+                for name, value in row.items():
+                    newest.setdefault((name, type(value).__name__), f"line {number} of {file}")
     except UnicodeDecodeError:
         return f"Line {number} of {file} is not UTF-8 text."
     except json.JSONDecodeError as fault:

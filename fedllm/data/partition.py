@@ -299,18 +299,27 @@ def partition(
         raise _too_few(f"{len(training)} rows", settings.clients or 0, settings.min_size)
     counts = numpy.zeros(len(rows), numpy.int64)
     counts[training] = 1
-    for attempt in range(TRIES):
-        parts = way.assign(rows)
-        small = {name: part for name, part in parts.items() if counts[part].sum() < settings.min_size}
+
+    def too_small(parts: dict[str, numpy.ndarray]) -> dict[str, None]:
+        return {client: None for client, part in parts.items() if counts[part].sum() < settings.min_size}
+
+    parts = way.assign(rows)
+    small = too_small(parts)
+    for attempt in range(1, TRIES):
         if not small or settings.empty != "redraw" or settings.by == "natural":
             break
-        way = partitioner(settings, derive(seed, "redraw", attempt + 1), column)
+        parts = partitioner(settings, derive(seed, "redraw", attempt), column).assign(rows)
+        small = too_small(parts)
     if not small:
         return parts, []
     if settings.empty == "drop" and len(small) < len(parts):
-        lost = sum(len(part) for part in small.values())
-        note = f"{len(small)} clients with fewer than {settings.min_size} training rows were dropped ({lost} rows)."
-        return {name: part for name, part in parts.items() if name not in small}, [note]
+        kept = {client: part for client, part in parts.items() if client not in small}
+        lost = len(rows) - sum(len(part) for part in kept.values())
+        note = (
+            f"Dropped for having fewer than {settings.min_size} training rows: "
+            f"{len(small)} of {len(parts)} clients, {lost} of {len(rows)} rows."
+        )
+        return kept, [note]
     raise _still_small(settings, list(small), len(parts))
 
 

@@ -150,7 +150,7 @@ class _Fit:
             for _ in range(self.train.accumulate)
         ]
         grads, sums = self._gradients(window, step)
-        _clip(grads, self.train.clip_norm)
+        grads = _clipped(grads, self.train.clip_norm)
         first = self.jobs[self.active[0]]
         rate = self.train.rate(first.round, first.rounds, step, self.steps[self.active[0]])
         for name, tensor in self.stack.items():
@@ -166,14 +166,15 @@ class _Fit:
         request, leaves, width = self.requests[0], list(self.stack.values()), len(self.active)
         targets = [sum(e.targets for groups in window for e in groups[row]) for row in range(width)]
         scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=self.learner.device)
-        seeds = [derive(j.seed, "dropout", j.client, j.round, step) for j in (self.jobs[k] for k in self.active)]
+        jobs = [self.jobs[k] for k in self.active]
         given = self.given
         if len(self.active) < len(self.jobs):
             given = {n: {name: t[self.active] for name, t in tree.items()} for n, tree in given.items()}
         total, grads = torch.zeros(width, device=self.learner.device), [torch.zeros_like(leaf) for leaf in leaves]
         bound = {**_spread(self.jobs[0].frozen, width, self.learner), **self.stack}
-        with torch.enable_grad(), self.learner.using(bound, seeds):
-            for turn, groups in enumerate(window):
+        for turn, groups in enumerate(window):
+            seeds = [derive(job.seed, "dropout", job.client, job.round, step, turn) for job in jobs]
+            with torch.enable_grad(), self.learner.using(bound, seeds):
                 sums = self.learner.losses(groups)
                 objective = (sums * scale).sum()
                 if request.penalty is not None and turn == 0:
@@ -225,14 +226,16 @@ def _each(rule: Callable[..., Any], first: Tensors, given: dict[str, Tensors]) -
     return torch.func.vmap(lambda tree, others: rule(tree, **others))(first, given)
 
 
-def _clip(grads: Tensors, limit: float | None) -> None:
-    """Scale each client's gradient to at most the Euclidean norm `limit`, as torch.nn.utils.clip_grad_norm_ does."""
+def _clipped(grads: Tensors, limit: float | None) -> Tensors:
+    """Each client's gradient scaled to at most the Euclidean norm `limit`, as torch.nn.utils.clip_grad_norm_ does.
+
+    New tensors: a correction may hand back one that it was given.
+    """
     if limit is None:
-        return
+        return grads
     squares = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0)
     factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-    for grad in grads.values():
-        grad.mul_(factor.view(-1, *([1] * (grad.dim() - 1))))
+    return {name: grad * factor.view(-1, *([1] * (grad.dim() - 1))) for name, grad in grads.items()}
 
 
 def _optimizer(

@@ -37,7 +37,7 @@ KINDS: dict[str, Kind] = {
 # The special tokens of each family, in the order of their ids from 0, and what encloses one text and a pair.
 _SPECIAL: dict[str, dict[str, str]] = {
     "llama": {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"},
-    "qwen": {"pad": "<pad>", "eos": "<end>"},
+    "qwen": {"pad": "<|endoftext|>", "eos": "<|im_end|>"},
     "gpt2": {"pad": "<pad>", "bos": "<start>", "eos": "<end>"},
     "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
     "t5": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},

@@ -1,7 +1,7 @@
 """Decode - continue prompts with a different adapter per client in one pass.
 
 transformers' `generate` draws from the global random stream and knows neither grouped rows nor a bound prefix, so the
-plain loop is written here: greedy, or sampling with one seeded stream per client.
+plain loop is written here: greedy, or sampling with a seeded stream for every prompt of every client.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedllm.core.errors import ModelError
+from fedllm.core.seeds import torch_stream
 from fedllm.models.adapters.attach import Adapted
 from fedllm.models.structure import is_encoder_decoder
 
@@ -38,12 +39,13 @@ def continue_prompts(
     encoded = [tokenizer(text, add_special_tokens=not _has_start(tokenizer, text))["input_ids"] for text in flat]
     if adapted.loaded.kind == "causal-lm":
         encoded = [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
-    streams = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
-    picker = _Picker(temperature, streams, rows)
+        encoded = [ids or [_first_token(tokenizer)] for ids in encoded]
+    picker = _Picker(temperature, [torch_stream(seed, "prompt", row) for seed in seeds for row in range(rows)])
     with torch.no_grad():
         loop = _encoder_decoder if is_encoder_decoder(adapted.model) else _decoder
         written = loop(adapted, encoded, max_tokens, picker, device)
-    texts = [tokenizer.decode(_until_end(ids, tokenizer.eos_token_id), skip_special_tokens=True) for ids in written]
+    ends = _ends(adapted)
+    texts = [tokenizer.decode(_until_end(ids, ends), skip_special_tokens=True) for ids in written]
     return [texts[k * rows : k * rows + len(group)] for k, group in enumerate(prompts)]
 
 
@@ -52,18 +54,23 @@ def _has_start(tokenizer: Any, text: str) -> bool:
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
-class _Picker:
-    """The next token of every row."""
+def _first_token(tokenizer: Any) -> int:
+    """What a text begins with where its prompt is empty."""
+    tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next(token for token in tokens if token is not None)
 
-    def __init__(self, temperature: float, streams: list[torch.Generator], rows: int) -> None:
-        self.temperature, self.streams, self.rows = temperature, streams, rows
+
+class _Picker:
+    """The next token of every row, each drawn from a stream of its own."""
+
+    def __init__(self, temperature: float, streams: list[torch.Generator]) -> None:
+        self.temperature, self.streams = temperature, streams
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         if self.temperature <= 0:
             return logits.argmax(-1)
         probabilities = torch.softmax(logits.float().cpu() / self.temperature, -1)
-        parts = probabilities.split(self.rows)
-        drawn = [torch.multinomial(p, 1, generator=s)[:, 0] for p, s in zip(parts, self.streams, strict=True)]
+        drawn = [torch.multinomial(p, 1, generator=s) for p, s in zip(probabilities, self.streams, strict=True)]
         return torch.cat(drawn).to(logits.device)
 
 
@@ -86,12 +93,12 @@ def _decoder(
     mask = torch.cat([mask.new_ones(len(encoded), virtual), mask], 1)
     following = positions[:, -1:] + 1 + virtual
     written: list[list[int]] = [[] for _ in encoded]
-    done = torch.zeros(len(encoded), dtype=torch.bool, device=device)
+    done, ends = torch.zeros(len(encoded), dtype=torch.bool, device=device), torch.tensor(_ends(adapted), device=device)
     for count in range(max_tokens):
         chosen = pick(output.logits[:, -1])
         for row, token in enumerate(chosen.tolist()):
             written[row].append(token)
-        done |= chosen == tokenizer.eos_token_id
+        done |= torch.isin(chosen, ends)
         if bool(done.all()) or count + 1 == max_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(len(encoded), 1)], 1)
@@ -117,7 +124,7 @@ def _encoder_decoder(
     start = model.config.decoder_start_token_id
     token = torch.full((len(encoded), 1), tokenizer.pad_token_id if start is None else start, device=device)
     cache, written = None, [[] for _ in encoded]
-    done = torch.zeros(len(encoded), dtype=torch.bool, device=device)
+    done, ends = torch.zeros(len(encoded), dtype=torch.bool, device=device), torch.tensor(_ends(adapted), device=device)
     for _ in range(max_tokens):
         output = model(
             encoder_outputs=hidden, attention_mask=mask, decoder_input_ids=token, use_cache=True, **adapted.cache(cache)
@@ -125,7 +132,7 @@ def _encoder_decoder(
         chosen = pick(output.logits[:, -1])
         for row, found in enumerate(chosen.tolist()):
             written[row].append(found)
-        done |= chosen == tokenizer.eos_token_id
+        done |= torch.isin(chosen, ends)
         if bool(done.all()):
             break
         token, cache = chosen.unsqueeze(1), _cache(output)
@@ -138,5 +145,13 @@ def _cache(output: Any) -> Any:
     return found["cache"] if "cache" in found else found["past_key_values"]
 
 
-def _until_end(ids: list[int], end: int | None) -> list[int]:
-    return ids[: ids.index(end)] if end is not None and end in ids else ids
+def _ends(adapted: Adapted) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those that the model's generation settings add."""
+    settings = getattr(adapted.model, "generation_config", None)
+    added = getattr(settings, "eos_token_id", None)
+    every = [adapted.loaded.tokenizer.eos_token_id, *(added if isinstance(added, list) else [added])]
+    return sorted({token for token in every if token is not None})
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), None)]

@@ -122,7 +122,12 @@ class TransformerLearner:
         """The mean of the last hidden states over real tokens, one row per text."""
         flat = [text for group in texts for text in group]
         encoded = self.tokenizer(
-            flat, padding=True, truncation=True, max_length=self.task.settings.max_length, return_tensors="pt"
+            flat,
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.task.settings.max_length,
+            return_tensors="pt",
         ).to(self.device)
         inputs = {k: v for k, v in encoded.items() if self.adapted.accepts(k)}
         if self._both_ways:

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional
 
-from fedllm.core.errors import DataError, ModelError
+from fedllm.core.errors import DataError, ModelError, nearest
 from fedllm.core.work import Example
 from fedllm.evaluate.classes import EntityF1, MacroF1
 from fedllm.tasks.settings import COLUMNS, TaskSettings
-from fedllm.tasks.template import Template
+from fedllm.tasks.template import Template, field
 
 IGNORE = -100
 """The label of a position that does not count."""
@@ -83,10 +83,11 @@ class Task:
             return
         wanted = " or ".join(" + ".join(names) for names in choices)
         missing = next(name for name in choices[0] if name not in row)
+        yours = nearest(missing, row) or "YOUR_COLUMN"
         raise DataError(
             f"The data has the columns {', '.join(row)}.",
             f"The task {self.kind} needs {wanted}.",
-            action=f"Map yours, for example: data.columns.{missing}=YOUR_COLUMN.",
+            action=f"Map yours, for example: data.columns.{missing}={yours}.",
         )
 
     def _index(self, label: Any) -> int:
@@ -95,7 +96,8 @@ class Task:
             raise DataError(
                 f"The label '{label}' is not one of the task's labels.",
                 f"Labels: {', '.join(names[:20])}.",
-                action="Set task.labels to all of them.",
+                nearest(str(label), names),
+                "Set task.labels to all of them.",
             )
         return names.index(str(label))
 
@@ -190,8 +192,8 @@ class SequenceClassification(Task):
     def example(self, row: Mapping[str, Any]) -> Example | None:
         """Tokens and a class number."""
         second = self.settings.second_text
-        pair = (str(row[second]),) if second else ()
-        encoded = self.tokenizer(str(row["text"] or ""), *pair, truncation=True, max_length=self.settings.max_length)
+        texts = [field(row, name) for name in ("text", second) if name]
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.settings.max_length)
         if row["label"] is None or not encoded["input_ids"]:
             self._drop("the text or the label is empty")
             return None

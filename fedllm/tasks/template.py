@@ -11,6 +11,8 @@ from fedllm.core.errors import ConfigError, DataError, nearest
 
 PLAIN = "### Instruction:\n{instruction}\n\n### Response:\n"
 PLAIN_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+BREAK = "\n\n"
+"""What stands between the turns of a conversation without a chat template."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +57,29 @@ class Template:
                 "Allowed: auto, chat, plain, or a text such as 'Question: {instruction} Answer:'.",
                 nearest(name, ("auto", "chat", "plain")),
             )
-        self.name = name
+        self.name, self._columns = name, _columns(name)
 
     def prompt(self, row: Mapping[str, Any]) -> str:
-        """The text that ends where the answer begins."""
+        """The text that ends where the answer begins; of a conversation, where its last answer does."""
+        if "messages" in row:
+            messages = self._messages(row)
+            asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+            return self._chat(asked, True) if self.name == "chat" else _plain_conversation(asked)[0]
         if self.name == "chat":
-            return self._chat(self._messages(row)[:-1] if "messages" in row else [_user(row)], True)
+            return self._chat([_user(row)], True)
         if self.name == "plain":
             return (PLAIN_INPUT if row.get("input") else PLAIN).format(
-                instruction=_field(row, "instruction"), input=row.get("input") or ""
+                instruction=field(row, "instruction"), input=row.get("input") or ""
             )
-        names = [name for _, name, _, _ in string.Formatter().parse(self.name) if name]
-        return self.name.format(**{name: _field(row, name) for name in names})
+        return self.name.format(**{name: field(row, name) for name in self._columns})
 
     def render(self, row: Mapping[str, Any]) -> Rendered:
         """Prompt and answer as one text with the answer's place in it."""
         if "messages" in row:
             return self._conversation(self._messages(row))
         if "text" in row and "response" not in row:
-            return Rendered(_field(row, "text"), (), True)
-        prompt, answer = self.prompt(row), _field(row, "response")
+            return Rendered(field(row, "text"), (), True)
+        prompt, answer = self.prompt(row), field(row, "response")
         if self.name == "chat":
             return self._conversation([_user(row), {"role": "assistant", "content": answer}])
         return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), True)
@@ -90,7 +95,8 @@ class Template:
 
     def _conversation(self, messages: list[dict[str, str]]) -> Rendered:
         if self.name != "chat":
-            return self._plain_conversation(messages)
+            text, answers = _plain_conversation(messages)
+            return Rendered(text.removesuffix(BREAK), tuple(answers), True)
         text, answers = self._chat(messages, False), []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -102,19 +108,14 @@ class Template:
                     "found in the text.",
                     action="Set task.template=plain.",
                 )
-            end = len(upto) if text.startswith(upto) else len(text)
-            answers.append((len(before), end))
+            upto = self._without_break(upto if text.startswith(upto) else text)
+            answers.append((len(before), len(upto)))
         return Rendered(text, tuple(answers), False)
 
-    def _plain_conversation(self, messages: list[dict[str, str]]) -> Rendered:
-        text, answers = "", []
-        for message in messages:
-            if message["role"] == "assistant":
-                answers.append((len(text), len(text) + len(message["content"])))
-                text += message["content"] + "\n\n"
-            else:
-                text += PLAIN.format(instruction=message["content"])
-        return Rendered(text.rstrip("\n"), tuple(answers), True)
+    def _without_break(self, text: str) -> str:
+        """`text` without the white space behind its last end token: generation stops at that token."""
+        end, shorter = self.tokenizer.eos_token, text.rstrip()
+        return shorter if end and shorter.endswith(end) else text
 
     def _chat(self, messages: list[dict[str, str]], open_answer: bool) -> str:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -123,12 +124,42 @@ class Template:
         )
 
 
+def _columns(template: str) -> list[str]:
+    """The columns that a text with braces names."""
+    try:
+        found = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as fault:
+        raise ConfigError(
+            f"task.template='{template}' cannot be read: {fault}.", action="Write a literal brace twice: {{ or }}."
+        ) from fault
+    if wrong := [name for name in found if not name or name.isdigit() or set(name) & set(".[]")]:
+        raise ConfigError(
+            f"task.template='{template}' has '{{{wrong[0]}}}' in it.", "Braces hold the name of a column."
+        )
+    return found
+
+
+def _plain_conversation(messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation without a chat template, and the character ranges of its answers."""
+    text, answers = "", []
+    for message in messages:
+        if message["role"] == "assistant":
+            answers.append((len(text), len(text) + len(message["content"])))
+            text += message["content"] + BREAK
+        elif message["role"] == "system":
+            text += message["content"] + BREAK
+        else:
+            text += PLAIN.format(instruction=message["content"])
+    return text, answers
+
+
 def _user(row: Mapping[str, Any]) -> dict[str, str]:
-    text = _field(row, "instruction")
+    text = field(row, "instruction")
     return {"role": "user", "content": f"{text}\n\n{row['input']}" if row.get("input") else text}
 
 
-def _field(row: Mapping[str, Any], name: str) -> str:
+def field(row: Mapping[str, Any], name: str) -> str:
+    """A column of a row as text, "" for None; raises :class:`DataError` where there is no such column."""
     if name not in row:
         raise DataError(
             f"A row has no column '{name}'.",

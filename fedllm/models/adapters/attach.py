@@ -62,6 +62,7 @@ class Adapted:
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         self._attached: list[Any] = []
         modules = dict(self.model.named_modules())
+        self._checkpointed = [m for m in modules.values() if getattr(m, "gradient_checkpointing", False)]
         attach = {"head": lambda _: None, **{k: getattr(self, f"_attach_{k}") for k in KINDS}}
         attach[settings.kind](modules)
         if settings.kind != "full":
@@ -96,7 +97,10 @@ class Adapted:
             raise ModelError(f"{width} clients cannot share a pass.", f"'{self.settings.kind}' allows one.")
         self.binding.params, self.binding.seeds, self.binding.width = params, seeds, width
         originals = [module._parameters[leaf] for _, module, leaf in self._swapped]
+        modes = [module.training for module in self._checkpointed]  # layers checkpoint in training mode only
         try:
+            for module in self._checkpointed:
+                module.training = torch.is_grad_enabled() and params is not None
             if params is not None:
                 for (name, module, leaf), original in zip(self._swapped, originals, strict=True):
                     module._parameters[leaf] = params[name][0].to(original.dtype)  # type: ignore[union-attr]
@@ -104,6 +108,8 @@ class Adapted:
         finally:
             for (_, module, leaf), original in zip(self._swapped, originals, strict=True):
                 module._parameters[leaf] = original
+            for module, mode in zip(self._checkpointed, modes, strict=True):
+                module.training = mode
             self.binding.params, self.binding.seeds, self.binding.width = before
 
     def call(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
@@ -237,11 +243,9 @@ class Adapted:
         rows = ids.shape[0] // prompt.shape[0]
         before = prompt.repeat_interleave(rows, 0).to(embedded.dtype)
         ones = mask.new_ones(ids.shape[0], prompt.shape[1])
-        others = {
-            k: v
-            for k, v in inputs.items()
-            if k not in ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-        }
+        others = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "position_ids")}
+        if "token_type_ids" in others:  # virtual tokens belong to the first text of a pair
+            others["token_type_ids"] = torch.cat([torch.zeros_like(ones), others["token_type_ids"]], 1)
         return {
             **others,
             "inputs_embeds": torch.cat([before, embedded], 1),
