@@ -17,6 +17,7 @@ from fedllm.cli.running import Json, RunFolderArgument
 
 if TYPE_CHECKING:
     from fedllm.core.tensors import Tensors
+    from fedllm.recipe import Recipe
     from fedllm.tasks.learner import TransformerLearner
 
 WRITES = ("causal-lm", "seq2seq")
@@ -111,13 +112,13 @@ def load_run(run_folder: Path) -> tuple[TransformerLearner, Tensors]:
     """The base model of a run with its adapter's structure, and the trained tensors.
 
     Raises:
-        RunError: there is no run, or it has no adapter yet.
+        RunError: there is no run, it has no adapter yet, or its base model is another one now.
     """
     from fedllm.core.errors import RunError
     from fedllm.engine.folder import RunFolder
     from fedllm.models.adapters.export import load_adapter
     from fedllm.recipe import load_recipe
-    from fedllm.run import build_learner, labels_of
+    from fedllm.run import build_learner
 
     place = RunFolder.open(run_folder)
     if not (place.path / "adapter").is_dir():
@@ -126,13 +127,25 @@ def load_run(run_folder: Path) -> tuple[TransformerLearner, Tensors]:
             action=f"Go on with: fedllm resume {run_folder}",
         )
     recipe = load_recipe(place.path / "recipe.yaml")
-    labels = None
-    if recipe.task.kind not in WRITES:
-        from fedllm.data.federation import Federation
+    adapter, params = load_adapter(place.path / "adapter")
+    learner = build_learner(recipe.model_copy(update={"adapter": adapter}), _labels(recipe))
+    before = (place.read_json("environment.json") or {}).get("model", {}).get("fingerprint")
+    if before not in (None, learner.loaded.fingerprint):
+        raise RunError(
+            f"The base model '{recipe.model.name}' is not the one this run was made with: its weights differ.",
+            action="Restore the earlier weights; a commit as model.revision keeps a hub model the same.",
+        )
+    return learner, params
 
-        labels = labels_of(Federation.build(recipe.data, recipe.seed), recipe)
-    learner = build_learner(recipe, labels)
-    return learner, load_adapter(place.path / "adapter", learner.adapted)
+
+def _labels(recipe: Recipe) -> list[str] | None:
+    """The labels of a task that has some; the data is read for them only where the recipe does not name them."""
+    from fedllm.data.federation import Federation
+    from fedllm.run import labels_of
+
+    if recipe.task.kind in WRITES or recipe.task.labels is not None:
+        return recipe.task.labels
+    return labels_of(Federation.build(recipe.data, recipe.seed), recipe)
 
 
 def both(

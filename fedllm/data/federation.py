@@ -84,7 +84,10 @@ class Federation:
         seed = seed if settings.partition.seed is None else settings.partition.seed
         rows = load_rows(settings, seed) if data is None else arrange(load_rows(data), settings, seed)
         parts, dropped = partition(rows, settings.partition, seed, settings.key if data is None else None)
-        held = HeldOut(settings.evaluation, settings.per_client, seed, rows.held_out)
+        evaluation = settings.evaluation
+        if data is None and settings.built_in:  # its held-out rows are documents of their own, never a fraction
+            evaluation = evaluation.model_copy(update={"fraction": 0.0})
+        held = HeldOut(evaluation, settings.per_client, seed, rows.held_out)
         label = _label_column(rows.columns, settings, rows)
         return cls(
             parts,

@@ -260,10 +260,10 @@ def _build(
             "At least one group is needed.",
         )
     about = {"format": FORMAT, **asdict(writer.built), "shards": [shard.about() for shard in writer.shards]}
-    with (work / "index.json").open("w", encoding="utf-8") as index:
-        json.dump(about, index, indent=1)
-        index.flush()
-        os.fsync(index.fileno())
+    with (work / "index.json").open("w", encoding="utf-8") as listing:
+        json.dump(about, listing, indent=1)
+        listing.flush()
+        os.fsync(listing.fileno())
     return writer.built
 
 

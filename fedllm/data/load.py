@@ -135,9 +135,10 @@ class Rows:
     def distinct(self, name: str) -> list[Any]:
         """The sorted values of a column, lists taken apart, nulls left out."""
         name, found = self.column(name), set()
-        for value in self.values(name):
-            found.update(value if isinstance(value, list | tuple) else (value,))
-        return [value for _, value in sorted(((type(v).__name__, v) for v in found if v is not None), key=_sorted_as)]
+        for row, value in enumerate(self.values(name)):
+            for one in value if isinstance(value, list | tuple) else (value,):
+                found.add(_hashable(name, row, one))
+        return [value for _, value in sorted((key for key in found if key[1] is not None), key=_sorted_as)]
 
     def texts(self, name: str | None = None) -> Iterator[str]:
         """One text for every row: a column, or all the row's texts joined."""
@@ -652,8 +653,8 @@ def _hashable(name: str, row: int, value: Any) -> tuple[str, Any]:
     if isinstance(value, list | tuple | dict | set):
         raise DataError(
             f"The column '{name}' holds a {type(value).__name__} in row {row + 1}.",
-            "Rows are split by single values: texts, numbers, true or false, dates.",
-            action="Choose another data.partition.column.",
+            "A key or a label is a single value: a text, a number, true or false, a date.",
+            action="Choose another column.",
         )
     return type(value).__name__, value
 

@@ -34,7 +34,6 @@ class PrivateStore:
         self.declared, self.folder = tuple(declared), folder
         self._held: dict[str, bytes | str] = {}
         self._staged: dict[str, PrivateView] = {}
-        self._written = 0
 
     def open(self, client: str) -> PrivateView:
         """A staged copy of one client's entry."""

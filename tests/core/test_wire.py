@@ -219,6 +219,15 @@ def test_round_trip_of_anything(named: dict[str, tuple[Any, list[int], int]], pa
     assert sum(size_by_part(data).values()) == len(data)
 
 
+def test_tensors_come_in_the_order_of_their_names() -> None:
+    """The library gives them in a random one, and sums over tensors must not depend on it."""
+    names = [f"layer.{n}" for n in range(30)] + ["b", "a/c", "a"]
+    data = encode(Received({n: torch.ones(1) for n in names}))
+    for _ in range(10):
+        back = decode(data)
+        assert list(back["params"]) == sorted(names)
+
+
 def test_sizes_by_part_are_exact() -> None:
     upload = Upload({"w": torch.ones(3, 4), "n": torch.ones(2, dtype=torch.int64)}, control={"w": torch.ones(5).half()})
     upload.parts["words"] = Texts(("hello",))

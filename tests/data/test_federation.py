@@ -41,6 +41,12 @@ def test_organisations_are_the_default():
     assert federation.warnings == [] and federation.label_column is None and federation.labels is None
 
 
+def test_organisations_without_held_out_documents_train_on_all():
+    federation = Federation.build(DataSettings(documents=6, held_out=0), 0)
+    assert [federation.size(c) for c in federation.client_ids] == [6] * 8
+    assert not federation.pooled("eval") and not federation.warnings
+
+
 def test_organisations_mixed_evenly():
     federation = Federation.build(DataSettings(documents=6, held_out=2, partition=IID), 0)
     assert [federation.size(c) for c in federation.client_ids] == [12] * 4
@@ -103,6 +109,9 @@ def test_rows_held_out_by_a_column():
     assert federation.size("k1", "eval") == 0 and federation.warnings == ["1 client has no held-out rows: k1."]
     with pytest.raises(DataError, match=r"No row has split=tset.*Values of 'split': test, train.*Did you mean 'test'"):
         build(data, evaluation={"column": "split", "value": "tset"})
+    partly = [{"n": 1, "split": "test"}, {"n": 2}, {"n": 3, "split": None}, {"n": 4, "split": "train"}]
+    one = build(partly, partition={"by": "iid", "clients": 1}, evaluation={"column": "split", "value": "test"})
+    assert numbers(one.pooled("eval")) == [1] and numbers(one.pooled()) == [2, 3, 4]
     with pytest.raises(DataError, match="Every row has split=1"):
         build([{"split": 1}, {"split": 1}], evaluation={"column": "split", "value": "1"})
 
@@ -158,6 +167,8 @@ def test_labels_are_those_of_all_rows_sorted():
     assert build([{"label": n % 12} for n in range(48)]).labels == list(range(12))
     tagged = build([{"tags": ["O", "B-PER"]}, {"tags": ["I-PER"]}] * 8)
     assert tagged.label_column == "tags" and tagged.labels == ["B-PER", "I-PER", "O"]
+    with pytest.raises(DataError, match="'tags' holds a dict in row 1"):
+        build([{"tags": [{}]}] * 8).labels  # noqa: B018
     part = {"by": "dirichlet", "column": "kind", "clients": 2, "alpha": 5.0}
     assert build([{"kind": "xyz"[n % 3]} for n in range(60)], partition=part).label_column == "kind"
     mapped = build([{"kind": "xyz"[n % 3]} for n in range(60)], partition=part, columns={"label": "kind"})

@@ -23,7 +23,9 @@ RECIPE = {
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     code = "import sys; from fedllm.cli.main import main; sys.argv = ['fedllm', *sys.argv[1:]]; main()"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", code, *words], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet
+    )  # type: ignore[call-overload]
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -34,7 +36,8 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.slow
 def test_kill_and_resume(tmp_path: Path) -> None:
     rows = [
-        {"who": f"c{i % 3}", "instruction": f"say {i} and {i * 7 % 5}", "response": f"it is {i * 7 % 5}"} for i in range(30)
+        {"who": f"c{i % 3}", "instruction": f"say {i} and {i * 7 % 5}", "response": f"it is {i * 7 % 5}"}
+        for i in range(30)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     recipe = {**RECIPE, "data": {**RECIPE["data"], "path": "rows.jsonl"}}  # type: ignore[dict-item]

@@ -54,7 +54,7 @@ def test_labels_are_checked() -> None:
         MacroF1(["a", "a"])
     with pytest.raises(ConfigError, match="empty"):
         Confusion([])
-    with pytest.raises(DataError, match="'cot' is not in the label set.*Did you mean 'cat'"):
+    with pytest.raises(DataError, match=r"'cot' is not in the label set.*Did you mean 'cat'"):
         MacroF1(LABELS).count(["cat"], ["cot"])
     with pytest.raises(DataError, match="'elk'"):
         Confusion(LABELS).count(["elk"], ["cat"])

@@ -90,7 +90,9 @@ def test_rouge_equals_the_standard_tokenizer_on_ascii(prediction: str, reference
     assert RougeL().score(prediction, reference) == pytest.approx(usual)
 
 
-@pytest.mark.parametrize("text", ["猫が座った", "แมวนั่ง", "кошка сидит", "बिल्ली बैठी है", "القطة جالسة", "고양이가 앉았다"])
+@pytest.mark.parametrize(
+    "text", ["猫が座った", "แมวนั่ง", "кошка сидит", "बिल्ली बैठी है", "القطة جالسة", "고양이가 앉았다"]
+)
 def test_every_script_counts(text: str) -> None:
     assert RougeL().score(text, text) == 1
     assert TokenF1().score(text, text) == 1

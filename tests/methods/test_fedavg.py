@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
 import torch
 
+from fedllm.core.message import Received, Upload
+from fedllm.core.method import on_client
 from fedllm.core.train import Train
+from fedllm.core.work import Client
 from fedllm.methods.baseline.fedavg import FedAvg
 
 
@@ -22,7 +25,7 @@ def test_two_quadratic_clients(play: Any, two: Any, ten_steps: Train) -> None:
     assert not any(r.failed or r.lost or r.rejected for r in found.records)
 
 
-def test_every_round_against_plain_numpy(play: Any, people: Any) -> None:
+def test_every_round_against_plain_numpy(play: Any) -> None:
     """Full-batch descent on sums of quadratics, weighted by examples, written out."""
     stream = numpy.random.default_rng(5)
     data = {
@@ -43,29 +46,27 @@ def test_every_round_against_plain_numpy(play: Any, people: Any) -> None:
         assert found.states[number + 1].params["w"].item() == pytest.approx(x, abs=1e-6)
 
 
-def test_one_client_is_training_alone(play: Any, people: Any, net: Any) -> None:
-    """x + (y - x) up to one rounding of the difference."""
-    found = play(FedAvg(train=Train(steps=4, lr=0.05)), {"p": people["p"]}, 1, **net)
-    report = found.records[0]
-    assert (report.used, report.cohort) == (1, ["p"])
-    alone = {}
+class Watched(FedAvg):
+    """Keeps what local training ended with."""
 
-    class Spy(FedAvg, abstract=True):
-        """Keeps what local training ended with."""
+    card = FedAvg.card
+    ends: ClassVar[dict[str, torch.Tensor]] = {}
 
-    from fedllm.core.method import on_client
-
-    async def work(self: Any, client: Any, received: Any) -> Any:
+    @on_client
+    async def work(self, client: Client, received: Received) -> Upload:
+        """As FedAvg."""
         report = await client.fit(received.params, self.train)
-        alone.update(report.params)
-        from fedllm.core.message import Upload
+        self.ends.update(report.params)
+        return Upload(report.delta, weight=client.size, metrics=report.metrics)
 
-        return Upload(report.delta, weight=client.size)
 
-    Spy.work = on_client(work)
-    play(Spy(train=Train(steps=4, lr=0.05)), {"p": people["p"]}, 1, **net)
-    assert all(torch.allclose(found.state.params[n], alone[n], rtol=0, atol=3e-7) for n in alone)
-    assert any(not torch.equal(found.state.params[n], net["start"][n]) for n in alone)
+def test_one_client_is_training_alone(play: Any, people: Any, net: Any) -> None:
+    """x + (y - x): y up to the rounding of the difference."""
+    found = play(Watched(train=Train(steps=4, lr=0.05)), {"p": people["p"]}, 1, **net)
+    assert (found.records[0].used, found.records[0].cohort) == (1, ["p"])
+    for name, end in Watched.ends.items():
+        assert torch.allclose(found.state.params[name], end, rtol=0, atol=3e-7)
+        assert not torch.equal(end, net["start"][name])
 
 
 def halves(rows: list[Any]) -> tuple[list[Any], list[Any]]:
