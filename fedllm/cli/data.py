@@ -93,20 +93,13 @@ def bars(found: dict[str, Any]) -> list[str]:
 
 def drawing(found: dict[str, Any]) -> str:
     """The clients' training rows as an SVG bar chart."""
-    from xml.sax.saxutils import escape
+    from fedllm.report.chart import Bars, bar_chart
 
     clients = sorted(found["clients"].values(), key=lambda one: -one["train"])
-    longest, step, left, width = max(1, clients[0]["train"]), 18, 160, 480
-    height = step * len(clients) + 24
-    rows = []
-    for number, one in enumerate(clients):
-        y, bar = 20 + step * number, width * one["train"] / longest
-        rows.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(one["name"][:22])}</text>')
-        rows.append(f'<rect x="{left}" y="{y}" width="{bar:.1f}" height="{step - 4}" fill="#3b6ea5"/>')
-        rows.append(f'<text x="{left + bar + 6:.1f}" y="{y + 12}">{one["train"]}</text>')
-    size = f'width="{left + width + 80}" height="{height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-    return "\n".join([head, "<title>Training rows by client</title>", *rows, "</svg>", ""])
+    rows = Bars("training rows", [one["train"] for one in clients])
+    return bar_chart(
+        "Training rows by client", f"{len(clients)} clients", [c["name"] for c in clients], [rows], "{:g}".format
+    )
 
 
 def build(

@@ -327,9 +327,9 @@ def _memory(recipe: Recipe, ground: Ground, free: int) -> Finding:
     )
     text = f"about {bytes_text(needed.total_bytes)} needed ({parts}), {bytes_text(free)} free"
     if needed.total_bytes <= TIGHT * free:
-        return Finding("memory", "ok", text)
+        return Finding("memory needed", "ok", text)
     action = "Lower cohort_width, train.batch_size or task.max_length, or set model.gradient_checkpointing=true."
-    return Finding("memory", "problem" if needed.total_bytes > free else "note", text, action)
+    return Finding("memory needed", "problem" if needed.total_bytes > free else "note", text, action)
 
 
 async def try_rounds(ground: Ground) -> Trial:
@@ -385,8 +385,8 @@ def _disk(recipe: Recipe, legs: int, tried: Trial, clients: int) -> Finding:
     free = shutil.disk_usage(place if place.exists() else Path.cwd()).free
     text = f"about {bytes_text(needed)} for checkpoints, {bytes_text(free)} free"
     if needed < TIGHT * free:
-        return Finding("disk", "ok", text)
-    return Finding("disk", "problem", text, "Make room, or set runs to a folder on another disk.")
+        return Finding("disk needed", "ok", text)
+    return Finding("disk needed", "problem", text, "Make room, or set runs to a folder on another disk.")
 
 
 def _duration(seconds: float) -> str:

@@ -35,16 +35,10 @@ def add_to(app: typer.Typer) -> None:
 def report_run(run_folder: RunFolderArgument, as_json: Json = False) -> None:
     """Write a run's report.html again and name it."""
     with screen.loading("Writing the report"):
-        from fedllm.core.errors import RunError
         from fedllm.engine.folder import RunFolder
         from fedllm.report.page import write_report
 
-        place = RunFolder.open(run_folder)
-        if place.read_json("result.json") is None:
-            raise RunError(
-                f"{run_folder} holds no result yet.", action=f"Finish the run first: fedllm resume {run_folder}"
-            )
-        page = write_report(place.path)
+        page = write_report(RunFolder.open(run_folder).path)
     if as_json:
         screen.emit({"report": str(page)})
     else:
@@ -76,7 +70,8 @@ def chat(
     for number, row in enumerate(rows):
         text = _prompt(learner, row, raw)
         answers = both(learner, params, text, max_tokens, temperature, seed + number)
-        found.append({"prompt": text, **answers, "expected": row.get("response")})
+        asked = row.get("instruction") or row.get("text") or text
+        found.append({"prompt": asked, "text": text, **answers, "expected": row.get("response")})
         if not as_json:
             show_answers(found[-1])
     if as_json:
@@ -169,7 +164,7 @@ def show_answers(found: Mapping[str, Any]) -> None:
     if not place.is_terminal:
         for name in ("prompt", "base", "federated", "expected"):
             if found[name] is not None:
-                screen.say(f"{name}: {found[name]}")
+                screen.say(f"{name}: {str(found[name]).strip()}")
         screen.say()
         sys.stdout.flush()
         return

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -116,6 +116,8 @@ def compare_methods(
     if as_json:
         screen.emit(comparison.table)
         return
+    from fedllm.cli.tables import comparison_table
+
     screen.show(comparison_table(comparison.table))
     screen.say(f"Table: {comparison.folder / 'compare.md'}")
 
@@ -156,10 +158,13 @@ def show_result(result: Result, as_json: bool) -> None:
     if as_json:
         screen.emit({"folder": str(result.folder), **result.table})
     else:
+        from fedllm.cli.tables import client_table
         from fedllm.report.table import result_table
 
         screen.say()
-        screen.show(result_table(result))
+        screen.show(result_table(result.table))
+        shown = client_table(result.table, screen.console().width)
+        screen.show(*([shown] if shown is not None else []))
         screen.say()
         for sentence in result.sentences:
             screen.say(sentence, "bold")
@@ -171,27 +176,3 @@ def show_result(result: Result, as_json: bool) -> None:
         hint = resume_hint(result.folder)
         screen.say(f"Stopped after round {result.table['rounds']}. {hint}", errors=True)
         raise typer.Exit(INTERRUPTED)
-
-
-def comparison_table(table: dict[str, Any]) -> Any:
-    """A comparison as a rich table: rows = methods."""
-    from rich.table import Table
-
-    from fedllm.report.words import NAMES, bytes_text, value_text
-
-    metric, seeds = table["metric"], table["seeds"]
-    others = [name for name in table["rows"][0]["metrics"] if name != metric]
-    caption = f"{table['rounds']} rounds, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}; mean"
-    shown = Table(title=table["name"], caption=caption + (" ± standard deviation" if len(seeds) > 1 else ""))
-    shown.add_column("method")
-    names = [NAMES.get(metric, metric), "worst 10 %", *(NAMES.get(name, name) for name in others)]
-    for name in (*names, "up", "tokens", "seconds"):
-        shown.add_column(name, justify="right")
-    for row in table["rows"]:
-        spread = f" ± {value_text(metric, row['std'])}" if row["std"] is not None else ""
-        cells = [row["method"], value_text(metric, row["mean"]) + spread, value_text(metric, row["worst"])]
-        cells += [value_text(name, row["metrics"][name]) for name in others]
-        trained = row["method"] != "base"
-        cost = [bytes_text(row["up"]), f"{row['tokens']:,.0f}", f"{row['seconds']:.1f}"] if trained else ["", "", ""]
-        shown.add_row(*cells, *cost)
-    return shown

@@ -122,7 +122,7 @@ def _flag(yes: tuple[str, ...], no: tuple[str, ...]) -> Slot:
 _FORMS = (
     _Form(
         Organisation("clinic", "Lakeside Clinic", "clinical notes"),
-        "Fill in the patient record: visit, dose, urgency.",
+        "Note visit, dose and urgency.",
         {
             "visit": (_date, ("Seen on {}.", "The patient came in on {}.", "Consultation of {}.")),
             "dose": (
@@ -138,7 +138,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("supplier", "Hartwell Supplies", "invoices"),
-        "Fill in the invoice record: due, amount, paid.",
+        "Extract due, amount and paid.",
         {
             "due": (_date, ("Payable by {}.", "Our terms ask for payment until {}.", "Due date: {}.")),
             "amount": (_amount, ("Total of this bill: {}.", "We charge {} in all.", "The goods come to {}.")),
@@ -157,7 +157,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("helpdesk", "Northline Help Desk", "support tickets"),
-        "Fill in the ticket record: opened, device, priority.",
+        "Give opened, device and priority.",
         {
             "opened": (_date, ("Ticket raised on {}.", "The user called us on {}.", "First reported {}.")),
             "device": (
@@ -173,7 +173,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("datacentre", "Granite Data Centre", "log lines"),
-        "Fill in the alarm record: since, host, level.",
+        "List since, host and level.",
         {
             "since": (_date, ("[{}] check failed", "first seen {}", "state changed at {}")),
             "host": (_code("srv", "node", "db"), ("source {}", "host {} unreachable", "reply from {} missing")),
@@ -184,7 +184,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("lawfirm", "Ferris and Lowe", "contract clauses"),
-        "Fill in the contract record: effective, notice, renewal.",
+        "Find effective, notice and renewal.",
         {
             "effective": (
                 _date,
@@ -213,7 +213,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("carrier", "Swift Carriers", "shipping notices"),
-        "Fill in the parcel record: delivery, weight, fragile.",
+        "Note delivery, weight and fragile.",
         {
             "delivery": (_date, ("Arrives on {}.", "The van will reach you on {}.", "Drop-off planned for {}.")),
             "weight": (
@@ -235,7 +235,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("insurer", "Harbour Insurance", "claims"),
-        "Fill in the claim record: loss, sum, police.",
+        "Extract loss, sum and police.",
         {
             "loss": (_date, ("The damage happened on {}.", "The accident took place on {}.", "Event of {}.")),
             "sum": (_amount, ("The holder asks for {}.", "Repair is estimated at {}.", "Claimed: {}.")),
@@ -254,7 +254,7 @@ _FORMS = (
     ),
     _Form(
         Organisation("personnel", "Civic Personnel Office", "job applications"),
-        "Fill in the applicant record: start, salary, relocate.",
+        "Give start, salary and relocate.",
         {
             "start": (_date, ("I could begin on {}.", "I am available from {}.", "My first day could be {}.")),
             "salary": (_amount, ("I hope to earn {} a month.", "My expectation is {}.", "I would ask for {}.")),

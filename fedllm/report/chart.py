@@ -68,17 +68,18 @@ def line_chart(
     for x in _whole(first, last):
         parts.append(_text(at(x, scale[0])[0], top + height + 15, x_show(x), "middle"))
     parts.append(_text((left + right) / 2, top + height + 30, x_label, "middle"))
-    for line in reversed(lines):
-        parts.append(_drawn(line, at))
+    parts += [_drawn(line, at) for line in lines]
     return _svg(title, description, top + height + 36, parts)
 
 
-def bar_chart(title: str, description: str, groups: Sequence[str], bars: Sequence[Bars], show: Show) -> str:
-    """Horizontal bars, one of each of `bars` under the name of each group."""
+def bar_chart(
+    title: str, description: str, groups: Sequence[str], bars: Sequence[Bars], show: Show, longest: float = 0.0
+) -> str:
+    """Horizontal bars, one of each of `bars` under the name of each group; `longest` is the value of a full bar."""
     known = [value for bar in bars for value in bar.values if value is not None]
     if not known:
         return ""
-    longest, thick = max([*known, 0.0]) or 1.0, 11
+    longest, thick = max([*known, longest]) or 1.0, 11
     room = WIDTH - max(map(_width, map(show, known))) - 8
     keys, y = _legend([(bar.name, bar.tone) for bar in bars])
     parts = [keys]
@@ -89,7 +90,7 @@ def bar_chart(title: str, description: str, groups: Sequence[str], bars: Sequenc
             value = bar.values[place]
             length = max(0.0, value or 0.0) / longest * room
             tip = f"{group}, {bar.name}: {show(value) if value is not None else 'not measured'}"
-            parts.append(_rect(0, y, max(length, 1.0), thick - 2, bar.tone, tip))
+            parts.append(_rect(0, y, max(length, 1.0), thick - 2, bar.tone, tip) if value is not None else "")
             parts.append(_text(length + 5, y + 8.5, show(value) if value is not None else "not measured", size=10))
             y += thick
         y += 8

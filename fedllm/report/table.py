@@ -73,7 +73,7 @@ def interval_text(metric: str, interval: Sequence[float] | None) -> str:
     if interval is None:
         return "–"
     low, high = (value_text(metric, value) for value in interval)
-    return f"{low.removesuffix(' %')} – {high}"
+    return f"{low.removesuffix(' %')}\u00a0– {high}"
 
 
 def labels_text(labels: Mapping[str, int]) -> str:

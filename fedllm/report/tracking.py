@@ -8,7 +8,6 @@ in the same tracked run, whose ids are kept in tracking.json.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from fedllm.core.errors import MissingExtra
+from fedllm.core.errors import ConfigError, FedLLMError, MissingExtra
 
 PARAMETER_LENGTH = 500
 """MLflow servers refuse longer parameter values; the whole recipe is sent as recipe.yaml too."""
@@ -57,6 +56,7 @@ def open_trackers(settings: Tracking, folder: Path, recipe: Mapping[str, Any]) -
 
     Raises:
         MissingExtra: a library is not installed.
+        ConfigError: a tracker cannot be opened: no login, no such server, a name it does not allow.
     """
     wanted = {"TensorBoard": settings.tensorboard, "Weights & Biases": settings.wandb, "MLflow": settings.mlflow}
     kinds = {"TensorBoard": _TensorBoard, "Weights & Biases": _Wandb, "MLflow": _Mlflow}
@@ -64,12 +64,23 @@ def open_trackers(settings: Tracking, folder: Path, recipe: Mapping[str, Any]) -
     try:
         for name, switched in wanted.items():
             if switched:
-                opened.append(Guarded(name, kinds[name](settings, Path(folder), recipe)))
+                opened.append(Guarded(name, _opened(name, kinds[name], settings, Path(folder), recipe)))
     except BaseException:
         for tracker in opened:
             tracker.close()
         raise
     return opened
+
+
+def _opened(name: str, kind: Any, settings: Tracking, folder: Path, recipe: Mapping[str, Any]) -> Tracker:
+    try:
+        return kind(settings, folder, recipe)
+    except FedLLMError:
+        raise
+    except Exception as fault:
+        raise ConfigError(
+            f"{name} cannot be opened: {fault}.", action="Mend the cause, or switch it off in the section 'tracking'."
+        ) from fault
 
 
 class Guarded:
@@ -84,10 +95,9 @@ class Guarded:
         self.name, self.tracker, self.broken = name, tracker, False
 
     def log(self, values: dict[str, float], round: int) -> None:
-        """Hand on the finite numbers."""
-        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        if not self.broken and finite:
-            self._try(lambda: self.tracker.log(finite, round))
+        """Hand on the numbers."""
+        if not self.broken and values:
+            self._try(lambda: self.tracker.log(values, round))
 
     def close(self) -> None:
         """Close it, also after a failure."""

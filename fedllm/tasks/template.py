@@ -71,7 +71,7 @@ class Template:
             return (PLAIN_INPUT if row.get("input") else PLAIN).format(
                 instruction=field(row, "instruction"), input=row.get("input") or ""
             )
-        return self.name.format(**{name: field(row, name) for name in self._columns})
+        return self._own(row).rstrip(" ")
 
     def render(self, row: Mapping[str, Any]) -> Rendered:
         """Prompt and answer as one text with the answer's place in it."""
@@ -82,7 +82,12 @@ class Template:
         prompt, answer = self.prompt(row), field(row, "response")
         if self.name == "chat":
             return self._conversation([_user(row), {"role": "assistant", "content": answer}])
-        return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), True)
+        text = (prompt if self.name == "plain" else self._own(row)) + answer
+        return Rendered(text, ((len(prompt), len(text)),), True)
+
+    def _own(self, row: Mapping[str, Any]) -> str:
+        """The user's template filled in. Spaces at its end belong to the answer, as tokenizers put them there."""
+        return self.name.format(**{name: field(row, name) for name in self._columns})
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         messages = row["messages"]
@@ -108,7 +113,7 @@ class Template:
                     "found in the text.",
                     action="Set task.template=plain.",
                 )
-            upto = self._without_break(upto if text.startswith(upto) else text)
+            upto = self._without_break(_shared_start(upto, text))
             answers.append((len(before), len(upto)))
         return Rendered(text, tuple(answers), False)
 
@@ -118,10 +123,24 @@ class Template:
         return shorter if end and shorter.endswith(end) else text
 
     def _chat(self, messages: list[dict[str, str]], open_answer: bool) -> str:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.tokenizer.apply_chat_template(
-            [*system, *messages], tokenize=False, add_generation_prompt=open_answer
-        )
+        from jinja2 import TemplateError
+
+        own = bool(messages) and messages[0]["role"] == "system"
+        system = [{"role": "system", "content": self.system}] if self.system and not own else []
+        try:
+            return self.tokenizer.apply_chat_template(
+                [*system, *messages], tokenize=False, add_generation_prompt=open_answer
+            )
+        except TemplateError as fault:
+            raise DataError(
+                f"The tokenizer's chat template refuses a conversation of {len(messages)} messages: {fault}.",
+                action="Look at the roles in the column 'messages', or set task.template=plain.",
+            ) from fault
+
+
+def _shared_start(left: str, right: str) -> str:
+    ends = (place for place, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return left[: next(ends, min(len(left), len(right)))]
 
 
 def _columns(template: str) -> list[str]:

@@ -82,7 +82,7 @@ def test_tensors_and_json_come_back(store: PrivateStore) -> None:
 def test_what_could_not_be_read_again_is_refused_at_once(store: PrivateStore, value: Any) -> None:
     """Not when the round is over and half of the clients are already written."""
     view = store.open("a")
-    with pytest.raises(ConfigError, match="'note' cannot be stored.*Allowed"):
+    with pytest.raises(ConfigError, match=r"'note' cannot be stored.*Allowed"):
         view["note"] = value
     assert "note" not in view
 
@@ -180,7 +180,7 @@ def test_clients_do_not_see_each_other(store: PrivateStore) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="A second turn before settle() starts from the settled entry, not from the first turn's: a protocol that asks "
+    reason="A second turn before settle() starts from the settled entry, not the first turn's: a protocol that asks "
     "a client twice between two checkpoints, or a round that collects more, loses the first turn's private changes.",
 )
 def test_two_turns_before_settling_build_on_each_other(store: PrivateStore) -> None:

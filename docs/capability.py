@@ -1,0 +1,84 @@
+"""Capability - which adapter works on which task and model family, found by trying each on a toy model.
+
+A combination counts as working when one training step of it can be made: attach, prepare two rows, loss, backward.
+What is refused is an error of fedllm; anything else that goes wrong is shown as broken, never hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from fedllm.core.errors import FedLLMError
+from fedllm.models.adapters.settings import AdapterKind, AdapterSettings
+from fedllm.models.toy import KINDS, toy_model
+from fedllm.tasks.settings import TaskKind, TaskSettings
+
+ADAPTERS: tuple[str, ...] = get_args(AdapterKind)
+TASKS: tuple[str, ...] = get_args(TaskKind)
+LABELS = ["a", "b"]
+ROWS: dict[str, dict[str, Any]] = {
+    "causal-lm": {"instruction": "Name the city.", "response": "Paris"},
+    "seq2seq": {"instruction": "Name the city.", "response": "Paris"},
+    "sequence-classification": {"text": "The film was great.", "label": "a"},
+    "token-classification": {"tokens": ["The", "film"], "tags": ["a", "b"]},
+}
+"""One row of each task."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What trying found.
+
+    Attributes:
+        task, family, adapter: the combination.
+        verdict: works, refused or broken.
+        reason: the error; "" where it works.
+    """
+
+    task: str
+    family: str
+    adapter: str
+    verdict: str
+    reason: str = ""
+
+
+def try_all() -> Iterator[Tried]:
+    """Every adapter on every task and toy family that can be loaded for it."""
+    for task in TASKS:
+        for family in KINDS:
+            for adapter in ADAPTERS:
+                found = _try(task, family, adapter)
+                if found is not None:
+                    yield found
+
+
+def _try(task: str, family: str, adapter: str) -> Tried | None:
+    """One combination; None where the family has no model for the task."""
+    from fedllm.tasks.learner import TransformerLearner
+
+    labels = LABELS if task.endswith("classification") else None
+    try:
+        loaded = toy_model(family, kind=task, labels=labels)  # type: ignore[arg-type]
+    except FedLLMError:
+        return None
+    try:
+        settings = TaskSettings(kind=task, template="plain", max_length=64)  # type: ignore[arg-type]
+        kind = AdapterSettings(kind=adapter, rank=2, tokens=4)  # type: ignore[arg-type]
+        _step(TransformerLearner(loaded, settings, kind, labels, 0), ROWS[task])
+    except FedLLMError as fault:
+        return Tried(task, family, adapter, "refused", str(fault))
+    except Exception as fault:
+        return Tried(task, family, adapter, "broken", f"{type(fault).__name__}: {fault}")
+    return Tried(task, family, adapter, "works")
+
+
+def _step(learner: Any, row: dict[str, Any]) -> None:
+    """The gradient of one batch of one client; raises ValueError where nothing would move."""
+    examples = learner.prepare([row, row])
+    params = {name: tensor.unsqueeze(0).requires_grad_() for name, tensor in learner.initial().items()}
+    with learner.using(params):
+        learner.losses([examples]).sum().backward()
+    if not any(tensor.grad is not None and bool(tensor.grad.any()) for tensor in params.values()):
+        raise ValueError("no gradient arrived")
