@@ -6,8 +6,9 @@ What is refused is an error of fedllm; anything else that goes wrong is shown as
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from fedllm.core.errors import FedLLMError
@@ -47,31 +48,31 @@ class Tried:
 def try_all() -> Iterator[Tried]:
     """Every adapter on every task and toy family that can be loaded for it."""
     for task in TASKS:
+        labels = LABELS if task.endswith("classification") else None
         for family in KINDS:
+            try:
+                loaded = toy_model(family, kind=task, labels=labels)  # type: ignore[arg-type]
+            except FedLLMError:
+                continue  # the family has no model for this task
             for adapter in ADAPTERS:
-                found = _try(task, family, adapter)
-                if found is not None:
-                    yield found
+                untouched = replace(loaded, model=copy.deepcopy(loaded.model))
+                verdict, reason = _try(untouched, task, adapter, labels)
+                yield Tried(task, family, adapter, verdict, reason)
 
 
-def _try(task: str, family: str, adapter: str) -> Tried | None:
-    """One combination; None where the family has no model for the task."""
+def _try(loaded: Any, task: str, adapter: str, labels: list[str] | None) -> tuple[str, str]:
+    """Make one training step: the verdict and the reason."""
     from fedllm.tasks.learner import TransformerLearner
 
-    labels = LABELS if task.endswith("classification") else None
+    settings = TaskSettings(kind=task, template="plain", max_length=64)  # type: ignore[arg-type]
     try:
-        loaded = toy_model(family, kind=task, labels=labels)  # type: ignore[arg-type]
-    except FedLLMError:
-        return None
-    try:
-        settings = TaskSettings(kind=task, template="plain", max_length=64)  # type: ignore[arg-type]
         kind = AdapterSettings(kind=adapter, rank=2, tokens=4)  # type: ignore[arg-type]
         _step(TransformerLearner(loaded, settings, kind, labels, 0), ROWS[task])
     except FedLLMError as fault:
-        return Tried(task, family, adapter, "refused", str(fault))
+        return "refused", str(fault)
     except Exception as fault:
-        return Tried(task, family, adapter, "broken", f"{type(fault).__name__}: {fault}")
-    return Tried(task, family, adapter, "works")
+        return "broken", f"{type(fault).__name__}: {fault}"
+    return "works", ""
 
 
 def _step(learner: Any, row: dict[str, Any]) -> None:

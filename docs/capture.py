@@ -24,7 +24,7 @@ from typing import Any
 from docs.markers import OUTPUT, ROOT, refresh
 
 SEVEN = "fedavg,fedprox,scaffold,fedavgm,fedadagrad,fedyogi,fedadam"
-WIDTH = "100"
+WIDTH = "130"
 """Columns of a captured terminal."""
 VERSIONS = ("fedllm", "torch", "transformers")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]")
@@ -76,10 +76,8 @@ def ran(command: str, folder: Path, extra: Sequence[str] = (), allowed: Sequence
 
 def clean(text: str) -> str:
     """A terminal's output as plain lines: no control codes, of an overwritten line only what was left standing."""
-    lines = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\x00")).split("\n") if "\r" not in text else [
-        _CONTROL.sub("", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n")
-    ]
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
+    lines = (line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+    return "\n".join(_CONTROL.sub("", line).rstrip() for line in lines).strip("\n")
 
 
 def made_by(capture: Capture, name: str, device: str = "") -> str:
@@ -136,10 +134,8 @@ def quickstart(capture: Capture, folder: Path) -> dict[str, str]:
     shown = terminal(first, ran(first, folder))
     asked = terminal(second, ran(second, folder))
     device = device_of(folder / "runs" / "quickstart")
-    result = json.loads((folder / "runs" / "quickstart" / "result.json").read_text(encoding="utf-8"))
     return {
         "quickstart.md": page(shown, made_by(capture, "quickstart", device)),
-        "quickstart-clients.md": page(by_client(result), made_by(capture, "quickstart", device)),
         "chat.md": page(asked, made_by(capture, "quickstart", device)),
     }
 
@@ -212,16 +208,16 @@ VERDICTS = {True: "shown", False: "**not shown**", None: "measured, not asserted
 """What `passed` of an effect check means."""
 
 AG_NEWS = "fedllm compare benchmarks/recipes/ag-news.yaml data.partition.alpha={} --methods base," + SEVEN + " --seeds 3"
-FOUR = ("fedit", "local", "central")
+TRIO = ("fedit", "local", "central")
 CAPTURES: dict[str, Capture] = {
     "quickstart": Capture(
-        "The quickstart", ("fedllm run quickstart", "fedllm chat runs/quickstart --examples 3"), quickstart, FOUR
+        "The quickstart", ("fedllm run quickstart", "fedllm chat runs/quickstart --examples 3"), quickstart, TRIO
     ),
     "random-start": Capture(
         "Pretrained against random start",
         ("fedllm run quickstart", "fedllm run quickstart model.random=true"),
         random_start,
-        FOUR,
+        TRIO,
     ),
     "compare": Capture(
         "A small comparison",
@@ -230,7 +226,7 @@ CAPTURES: dict[str, Capture] = {
         ("local", "fedavg", "fedprox"),
     ),
     "verify": Capture("Effect checks", ("fedllm verify --all --json",), verified),
-    "t0": Capture("168 instruction tasks", ("fedllm run benchmarks/recipes/t0.yaml",), recipe_run, FOUR),
+    "t0": Capture("168 instruction tasks", ("fedllm run benchmarks/recipes/t0.yaml",), recipe_run, TRIO),
     "ag-news-0.5": Capture(
         "AG News, Dirichlet 0.5", (AG_NEWS.format("0.5"),), comparison, tuple(SEVEN.split(","))
     ),

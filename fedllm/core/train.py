@@ -30,6 +30,7 @@ class Schedule(BaseModel):
     def factor(self, done: int, total: int) -> float:
         """The rate of unit number `done` (from 0) of `total`, as a share of `lr`; units are rounds or steps."""
         warm = math.ceil(round(self.warmup * total, 6))  # 0.07 * 100 is 7.000000000000001
+        done = max(done, 0)  # a protocol may ask before its first round
         if done < warm:
             return (done + 1) / warm
         if self.kind == "constant":

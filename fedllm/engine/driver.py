@@ -31,17 +31,21 @@ Outcome = Upload | BaseException
 def drive(turns: list[Turn], learner: Learner) -> Iterator[tuple[Turn, Outcome]]:
     """Run all turns to their end; yields each with its upload or the error it ended with."""
     waiting: list[tuple[Turn, Job]] = []
-    for turn in turns:
-        yield from _advance(turn, None, waiting)
-    while waiting:
-        key = alike(waiting[0][1])
-        group = [pair for pair in waiting if alike(pair[1]) == key]
-        if learner.width_limit is not None:
-            group = group[: learner.width_limit]
-        taken = {id(turn) for turn, _ in group}
-        waiting = [pair for pair in waiting if id(pair[0]) not in taken]
-        for (turn, _), result in zip(group, _run(learner, [job for _, job in group]), strict=True):
-            yield from _advance(turn, result, waiting)
+    try:
+        for turn in turns:
+            yield from _advance(turn, None, waiting)
+        while waiting:
+            key = alike(waiting[0][1])
+            group = [pair for pair in waiting if alike(pair[1]) == key]
+            if learner.width_limit is not None:
+                group = group[: learner.width_limit]
+            taken = {id(turn) for turn, _ in group}
+            waiting = [pair for pair in waiting if id(pair[0]) not in taken]
+            for (turn, _), result in zip(group, _run(learner, [job for _, job in group]), strict=True):
+                yield from _advance(turn, result, waiting)
+    finally:  # also where the caller stops early: no coroutine is left open
+        for turn in turns:
+            turn.coroutine.close()
 
 
 def _advance(turn: Turn, result: Any, waiting: list[tuple[Turn, Job]]) -> Iterator[tuple[Turn, Outcome]]:

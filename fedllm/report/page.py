@@ -644,7 +644,7 @@ def _change(run: Run, now: float | None, then: float | None) -> str:
     text = _signed(str(run.metric), now - then)
     if not any(digit in text for digit in "123456789"):
         return text
-    better = (now > then)
+    better = (now > then) == run.higher
     return f'<span class="{"up" if better else "down"}">{text}</span>'
 
 

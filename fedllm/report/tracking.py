@@ -33,7 +33,7 @@ class Tracking(BaseModel):
     mlflow: str | None = None
     """An MLflow experiment; made where it does not exist."""
     mlflow_uri: str | None = None
-    """The MLflow server or store; MLflow's own setting (MLFLOW_TRACKING_URI) where null."""
+    """The MLflow server; MLflow's own setting (MLFLOW_TRACKING_URI) where null. A database needs the whole mlflow."""
 
 
 class Tracker(Protocol):
@@ -79,7 +79,8 @@ def _opened(name: str, kind: Any, settings: Tracking, folder: Path, recipe: Mapp
         raise
     except Exception as fault:
         raise ConfigError(
-            f"{name} cannot be opened: {fault}.", action="Mend the cause, or switch it off in the section 'tracking'."
+            f"{name} cannot be opened: {str(fault).strip().rstrip('.')}.",
+            action="Mend the cause, or switch it off in the section 'tracking'.",
         ) from fault
 
 

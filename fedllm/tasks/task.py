@@ -114,7 +114,11 @@ class CausalLM(Task):
         self.template = Template(settings.template, tokenizer, settings.system)
 
     def example(self, row: Mapping[str, Any]) -> Example | None:
-        """Tokens with labels on the answer, found by character offsets, and on the end-of-sequence token."""
+        """Tokens with labels on the answer, found by character offsets, and on the end-of-sequence token.
+
+        Byte-level tokenizers may leave spaces out of offsets: a token of spaces alone has the offset (end, end). Only
+        tokens that the tokenizer adds have (0, 0).
+        """
         rendered = self.template.render(row)
         encoded = self.tokenizer(
             rendered.text, return_offsets_mapping=True, add_special_tokens=rendered.special, verbose=False
@@ -122,7 +126,7 @@ class CausalLM(Task):
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         everything = self.settings.loss_on == "all" or not rendered.answers
         labels = [
-            i if e > s and (everything or any(e > a and s < b for a, b in rendered.answers)) else IGNORE
+            i if e > 0 and (everything or any(e > a and min(s, e - 1) < b for a, b in rendered.answers)) else IGNORE
             for i, (s, e) in zip(ids, offsets, strict=True)
         ]
         end = self.tokenizer.eos_token_id

@@ -166,3 +166,10 @@ def test_equal_settings_are_equal_keys() -> None:
     assert Train(steps=3) == Train(steps=3)
     assert hash(Train(steps=3)) == hash(Train(steps=3))
     assert Train(steps=3) != Train(steps=4)
+
+
+def test_before_the_first_round_the_rate_is_that_of_the_first() -> None:
+    """A protocol that never counts rounds asks in round 0."""
+    for schedule in (Schedule(), Schedule(kind="linear"), Schedule(kind="cosine", warmup=0.5)):
+        train = Train(lr=0.5, steps=3, schedule=schedule)
+        assert train.rate(0, 4, 0, 3) == train.rate(1, 4, 0, 3)

@@ -72,6 +72,18 @@ def test_train_and_eval_share_out_all_rows(count, fraction, seed, most):
         assert out == min(expected, most or expected)
 
 
+@pytest.mark.parametrize("count", [2, 3, 7, 20])
+def test_one_row_is_always_left_for_training(count):
+    federation = build(rows(count), partition={"by": "iid", "clients": 1}, evaluation={"fraction": 0.99})
+    assert federation.size("client-1") == len(federation.rows("client-1")) == 1
+
+
+def test_every_client_draws_its_own_held_out_rows():
+    federation = build(rows(400), partition={"column": "key"}, evaluation={"fraction": 0.3})
+    places = {tuple(n // 5 for n in numbers(federation.rows(c, "eval"))) for c in federation.client_ids}
+    assert len(places) == len(federation.client_ids) == 5
+
+
 def test_the_same_seed_gives_the_same_rows_in_any_order_of_asking():
     one, two, other = build(rows(40)), build(rows(40)), build(rows(40), seed=1)
     for client in reversed(one.client_ids):

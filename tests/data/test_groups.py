@@ -159,6 +159,12 @@ def test_the_size_cap_is_counted_and_reported(out):
         build(rows, "k", out.with_name("none"), max_group_bytes=1)
 
 
+def test_what_comes_after_the_cap_is_left_out_however_small(out):
+    rows = [{"k": "a", "t": "x" * size} for size in (10, 500, 1)]
+    assert build(rows, "k", out, max_group_bytes=100).left_out == 2
+    assert content(out) == {"a": rows[:1]}
+
+
 def test_statistics_of_groups(out):
     rows = [{"k": "a", "t": "one two  three"}, {"k": "b", "t": ["x y", {"z": "w"}], "n": 5}, {"k": "a", "t": ""}]
     build(rows, "k", out)
@@ -340,7 +346,7 @@ def test_a_shard_that_is_cut_short_or_missing_is_named_before_anything_is_read(o
 
 def test_every_flipped_bit_is_found(out):
     """Wherever one bit of a shard is wrong, reading ends with a named error: no shorter epoch, no changed example."""
-    rows = users(40)
+    rows = users(20)
     build(rows, "k", out, shards=1)
     path = next(out.glob("groups-*.bin"))
     good = path.read_bytes()

@@ -68,7 +68,8 @@ def save_adapter(folder: str | Path, adapted: Adapted, params: Tensors, extra: M
     }
     with _replacing(folder, _is_ours(folder)) as place:
         apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(apart, place / WEIGHTS, {"format": "pt", _FACTS: json.dumps(facts, sort_keys=True)})
+        # One key only: the library writes several in a random order, and equal adapters must be equal files.
+        save_file(apart, place / WEIGHTS, {_FACTS: json.dumps(facts, sort_keys=True)})
         (place / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (place / "README.md").write_text(_readme(adapted, facts, as_peft), encoding="utf-8")
 

@@ -1,0 +1,268 @@
+"""The learner's losses and counts are those of transformers, however rows are padded and grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedllm.core.tensors import Tensors
+from fedllm.core.train import Train
+from fedllm.core.work import Example, Fit, Score
+from fedllm.engine.together import Job, run_together
+from fedllm.evaluate.classes import EntityF1, MacroF1
+from fedllm.models.adapters.settings import AdapterSettings
+from fedllm.models.toy import toy_model
+from fedllm.tasks.learner import TransformerLearner
+from fedllm.tasks.settings import TaskSettings
+from fedllm.tasks.task import IGNORE
+
+TEXTS = ("the film was great", "no", "every client trains it at home", "0 1 2 3 4", "the river is cold 🙂")
+CLASSES = ["bad", "good"]
+TAGS = ["O", "B-PER", "I-PER"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(family: str, kind: str, adapter: str = "lora", chat: str | None = None, **options: Any) -> TransformerLearner:
+    labels = {"sequence-classification": CLASSES, "token-classification": TAGS}.get(kind)
+    loaded = toy_model(family, kind=kind, labels=labels)  # type: ignore[arg-type]
+    loaded.tokenizer.chat_template = chat  # type: ignore[union-attr]
+    task = TaskSettings(kind=kind, max_length=64, **{"template": "plain", **options})  # type: ignore[arg-type]
+    return TransformerLearner(loaded, task, AdapterSettings(kind=adapter, rank=4, tokens=3), labels, seed=1)  # type: ignore[arg-type]
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    if kind in ("causal-lm", "seq2seq"):
+        return [{"instruction": text, "response": text[::-1]} for text in TEXTS]
+    if kind == "sequence-classification":
+        return [{"text": text, "label": CLASSES[place % 2]} for place, text in enumerate(TEXTS)]
+    return [{"tokens": t.split(), "tags": [TAGS[i % 3] for i in range(len(t.split()))]} for t in TEXTS]
+
+
+def shaken(params: Tensors, seed: int = 0, size: float = 0.1) -> Tensors:
+    stream = torch.Generator().manual_seed(seed)
+    return {name: t + size * torch.randn(t.shape, generator=stream) for name, t in params.items()}
+
+
+def stacked(*trees: Tensors) -> Tensors:
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def losses(learner: TransformerLearner, params: Tensors | None, groups: list[list[Example]]) -> torch.Tensor:
+    with torch.no_grad(), learner.using(params):
+        return learner.losses(groups)
+
+
+def counts(learner: TransformerLearner, params: Tensors | None, groups: list[list[Example]]) -> list[dict[str, float]]:
+    with torch.no_grad(), learner.using(params):
+        return learner.counts_by_row(groups)
+
+
+def logits(learner: TransformerLearner, params: Tensors | None, example: Example) -> torch.Tensor:
+    """All logits of one example alone, without padding and without any choice of positions."""
+    inputs = {name: value.unsqueeze(0) for name, value in example.inputs.items()}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if learner.task.kind == "seq2seq":
+        start = torch.tensor([learner.loaded.model.config.decoder_start_token_id])
+        inputs["decoder_input_ids"] = torch.cat([start, example.labels[:-1]]).unsqueeze(0)
+    with torch.no_grad(), learner.using(params):
+        return learner.adapted.call(inputs).logits[0]
+
+
+def trained(learner: TransformerLearner, examples: list[Example], train: Train) -> Tensors:
+    return run_together(learner, [Job(Fit(learner.initial(), train), "c", 1, 1, 1, lambda _: examples, {})])[0].params  # type: ignore[union-attr]
+
+
+ALL = [
+    ("llama", "causal-lm"), ("qwen", "causal-lm"), ("gpt2", "causal-lm"), ("t5", "seq2seq"),
+    ("bert", "sequence-classification"), ("llama", "sequence-classification"), ("gpt2", "sequence-classification"),
+    ("bert", "token-classification"), ("gpt2", "token-classification"),
+]  # fmt: skip
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "kind"), ALL)
+def test_the_loss_is_the_one_of_transformers(family: str, kind: str):
+    learner = make(family, kind)
+    examples = learner.prepare(rows(kind))
+    params = stacked(shaken(learner.initial()))
+    found = losses(learner, params, [examples])
+    total = 0.0
+    for example in examples:
+        inputs = {name: value.unsqueeze(0) for name, value in example.inputs.items()}
+        labels = example.labels if kind == "sequence-classification" else example.labels.unsqueeze(0)
+        with torch.no_grad(), learner.using(params):
+            total += float(learner.adapted.call(inputs, labels=labels).loss) * example.targets
+    assert float(found[0]) == pytest.approx(total, rel=1e-5)
+    assert sum(row["loss"] for row in counts(learner, params, [examples])) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind"), ALL)
+def test_rows_of_other_clients_and_fillers_change_nothing(family: str, kind: str):
+    learner = make(family, kind)
+    examples = learner.prepare(rows(kind))
+    trees = [shaken(learner.initial(), seed) for seed in range(3)]
+    groups = [examples[:1], [], examples[1:]]
+    together = losses(learner, stacked(*trees), groups)
+    assert together[1] == 0
+    for k in (0, 2):
+        one_by_one = sum(float(losses(learner, stacked(trees[k]), [[example]])) for example in groups[k])
+        assert float(together[k]) == pytest.approx(one_by_one, rel=1e-5)
+    found = counts(learner, stacked(*trees), groups)
+    assert len(found) == len(examples)
+    alone = [counts(learner, stacked(trees[k]), [[example]])[0] for k in (0, 2) for example in groups[k]]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in alone], rel=1e-5)
+    assert counts(learner, None, [[], []]) == []
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("t5", "seq2seq")])
+def test_logits_at_the_labels_are_those_of_a_full_forward_pass(family: str, kind: str, adapter: str):
+    if family == "t5" and adapter != "lora":
+        return
+    learner = make(family, kind, adapter)
+    assert learner._selective and not learner.notes
+    examples = learner.prepare(rows(kind))
+    params = stacked(shaken(learner.initial()))
+    with torch.no_grad(), learner.using(params):
+        chosen, owner = learner._logits(learner.collate([examples]))
+    for row, example in enumerate(examples):
+        whole = logits(learner, params, example)[-len(example.labels) :]
+        at = torch.nonzero(example.labels != IGNORE).flatten() - (1 if kind == "causal-lm" else 0)
+        assert torch.allclose(chosen[owner == row], whole[at[at >= 0]], atol=1e-4)
+
+
+def test_a_model_whose_output_layer_cannot_be_restricted_is_run_whole_with_a_note():
+    usual = make("llama", "causal-lm")
+    loaded = toy_model("llama")
+
+    class Mixing(nn.Linear):
+        """An output layer that looks at all positions at once."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0 * x.mean() if x.dim() == 3 else super().forward(x) * 2
+
+    layer = Mixing(64, 384, bias=False)
+    layer.weight = loaded.model.lm_head.weight
+    loaded.model.lm_head = layer
+    learner = TransformerLearner(loaded, TaskSettings(template="plain", max_length=64), AdapterSettings(rank=4), seed=1)
+    assert not learner._selective and "output layer" in learner.notes[0]
+    assert not layer._forward_pre_hooks
+    examples, params = learner.prepare(rows("causal-lm")), stacked(shaken(learner.initial()))
+    assert torch.allclose(losses(learner, params, [examples]), losses(usual, params, [examples]), rtol=1e-5)
+
+
+# --- metrics of predictions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_accuracy_and_macro_f1_are_those_of_the_plain_predictions(family: str):
+    learner = make(family, "sequence-classification")
+    examples = learner.prepare(rows("sequence-classification"))
+    params = stacked(shaken(learner.initial(), size=0.3))
+    found = counts(learner, params, [examples])
+    values = learner.values({n: sum(row.get(n, 0.0) for row in found) for n in {n for row in found for n in row}})
+    guesses = [CLASSES[int(logits(learner, params, example).argmax())] for example in examples]
+    gold = [row["label"] for row in rows("sequence-classification")]
+    metric = MacroF1(CLASSES)
+    assert values["accuracy"] == pytest.approx(sum(a == b for a, b in zip(guesses, gold, strict=True)) / len(gold))
+    assert values["macro_f1"] == pytest.approx(metric.value(metric.count(guesses, gold)))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_entity_f1_is_that_of_the_plain_predictions(family: str):
+    learner = make(family, "token-classification")
+    examples = learner.prepare(rows("token-classification"))
+    params = stacked(trained(learner, examples, Train(steps=25, batch_size=5, lr=0.02)))
+    found = counts(learner, params, [examples])
+    values = learner.values({n: sum(row.get(n, 0.0) for row in found) for n in {n for row in found for n in row}})
+    guesses = []
+    for example in examples:
+        best = logits(learner, params, example).argmax(-1)
+        guesses.append([TAGS[i] for i in best[example.labels != IGNORE].tolist()])
+    gold = [row["tags"] for row in rows("token-classification")]
+    assert values["entity_f1"] == pytest.approx(EntityF1().value(EntityF1().count(guesses, gold)))
+    assert values["entity_f1"] > 0, "it learned something to compare"
+
+
+@pytest.mark.parametrize(("family", "kind", "chat", "template"), [
+    ("llama", "causal-lm", None, "plain"), ("gpt2", "causal-lm", None, "Q: {instruction} A: "),
+    ("qwen", "causal-lm", CHATML, "chat"), ("t5", "seq2seq", None, "plain"),
+])  # fmt: skip
+def test_exact_match_is_what_greedy_decoding_gives(family: str, kind: str, chat: str | None, template: str):
+    """Train a toy to repeat some answers; for each prompt, known or not, one forward pass and generation agree."""
+    learner = make(family, kind, "full", chat, template=template)
+    known = [{"instruction": text, "response": f"{text[:5]} {place}"} for place, text in enumerate(TEXTS[:4])]
+    strange = [{"instruction": text, "response": "7 z"} for text in ("a film", TEXTS[4], "the river")]
+    examples = learner.prepare(known)
+    train = Train(steps=90, batch_size=4, lr=5e-3)
+    params = stacked(trained(learner, examples, train))
+    exact = [row["exact"] for row in counts(learner, params, [learner.prepare(known + strange)])]
+    prompts = [learner.task.template.prompt(row) for row in known + strange]  # type: ignore[attr-defined]
+    with torch.no_grad(), learner.using(params):
+        written = learner.generate([prompts], 24, 0.0, [0])[0]
+    lead = " " if template.endswith(" ") else ""
+    hits = [float(text == lead + row["response"]) for text, row in zip(written, known + strange, strict=True)]
+    assert exact == hits
+    assert sum(hits[:4]) >= 3 and sum(hits[4:]) == 0, "both hits and misses were compared"
+
+
+def test_score_values_come_from_the_counts():
+    learner = make("llama", "causal-lm")
+    examples = learner.prepare(rows("causal-lm"))
+    report = run_together(learner, [Job(Score(learner.initial(), "eval"), "c", 1, 1, 1, lambda _: examples, {})])[0]
+    assert set(report.values) == set(learner.score_names)
+    assert report.counts["examples"] == len(TEXTS)
+    assert report.counts["tokens"] == sum(example.targets for example in examples)
+    assert report.values["perplexity"] == pytest.approx(torch.tensor(report.values["loss"]).exp().item())
+
+
+# --- embeddings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "kind", "adapter"), [
+    ("llama", "causal-lm", "lora"), ("gpt2", "causal-lm", "prompt"), ("bert", "sequence-classification", "lora"),
+    ("t5", "seq2seq", "lora"),
+])  # fmt: skip
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_an_embedding_is_the_mean_over_the_real_tokens(family: str, kind: str, adapter: str, side: str):
+    learner = make(family, kind, adapter)
+    learner.tokenizer.padding_side = side
+    params = stacked(shaken(learner.initial()))
+    with torch.no_grad(), learner.using(params):
+        (found,) = learner.embed([TEXTS])
+        for text, vector in zip(TEXTS, found, strict=True):
+            inputs = dict(learner.tokenizer(text, return_tensors="pt"))
+            if kind == "seq2seq":
+                hidden = learner.loaded.model.get_encoder()(**inputs).last_hidden_state
+            else:
+                hidden = learner.adapted.call(inputs, output_hidden_states=True).hidden_states[-1]
+            expected = hidden[0, -inputs["input_ids"].shape[1] :].mean(0)
+            assert torch.allclose(vector, expected, atol=1e-5)
+
+
+def test_embeddings_are_those_of_each_client():
+    learner = make("llama", "causal-lm")
+    trees = [shaken(learner.initial(), seed) for seed in range(2)]
+    with torch.no_grad(), learner.using(stacked(*trees)):
+        both = learner.embed([TEXTS[:2], TEXTS[2:4]])
+    for k, texts in enumerate((TEXTS[:2], TEXTS[2:4])):
+        with torch.no_grad(), learner.using(stacked(trees[k])):
+            assert torch.allclose(both[k], learner.embed([texts])[0], atol=1e-5)
+    assert not torch.allclose(both[0], both[1])
