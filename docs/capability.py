@@ -47,6 +47,17 @@ class Tried:
 
 def try_all() -> Iterator[Tried]:
     """Every adapter on every task and toy family that can be loaded for it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are too small to share out
+    try:
+        yield from _try_all()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _try_all() -> Iterator[Tried]:
     for task in TASKS:
         labels = LABELS if task.endswith("classification") else None
         for family in KINDS:

@@ -16,7 +16,7 @@ CLIENTS = 12
 
 
 def client_table(table: Mapping[str, Any], width: int) -> Table | None:
-    """The headline metric: rows = models, columns = clients and all together; the other way round where that is too wide.
+    """The headline metric: rows = models, columns = clients and all together; turned where that is too wide.
 
     Args:
         table: the content of result.json.

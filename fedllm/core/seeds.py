@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from typing import TYPE_CHECKING
 
 import numpy
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -30,6 +33,8 @@ def numpy_stream(seed: int, *names: str | int) -> numpy.random.Generator:
 
 def torch_stream(seed: int, *names: str | int) -> torch.Generator:
     """A CPU torch generator for the stream called `names`; the same numbers on every device and machine."""
+    import torch
+
     return torch.Generator("cpu").manual_seed(derive(seed, *names))
 
 

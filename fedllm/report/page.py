@@ -642,14 +642,16 @@ def _change(run: Run, now: float | None, then: float | None) -> str:
     if now is None or then is None:
         return "–"
     text = _signed(str(run.metric), now - then)
-    if not any(digit in text for digit in "123456789"):
+    if text[0] not in "+−":
         return text
     better = (now > then) == run.higher
     return f'<span class="{"up" if better else "down"}">{text}</span>'
 
 
 def _signed(metric: str, value: float) -> str:
-    return f"{100 * value:+.1f}" if metric in RATES else f"{value:+.3f}"
+    """A difference with its sign; none where it rounds to 0."""
+    text = f"{100 * value:+.1f}" if metric in RATES else f"{value:+.3f}"
+    return text.replace("-", "−") if any(digit in text for digit in "123456789") else text[1:]
 
 
 def _name(metric: str) -> str:

@@ -130,12 +130,12 @@ def test_a_loss_is_better_where_it_is_lower(run_folder) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
     assert "Lower is better" in text
     gain = re.search(r'class="gain">(.*?)</tr>', text, re.DOTALL).group(1)
-    assert '<span class="up">-0.280</span>' in gain
+    assert '<span class="up">−0.280</span>' in gain
     assert "down" not in gain
     assert "3 of 3" in text
     change(folder, "result.json", lambda r: r.update(metric="exact_match"))
     low, high = next(row for row in made(folder).rows if row[0].startswith("Gain"))[-1].split("\u00a0– ")
-    assert float(low) < float(high)
+    assert float(low.replace("−", "-")) < float(high.replace("−", "-"))
 
 
 def test_many_clients_become_a_distribution(run_folder) -> None:
