@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.capture import CAPTURES, VERDICTS
-from docs.markers import DOCS, OUTPUT, ROOT, refresh
+from docs.markers import DOCS, OUTPUT, ROOT, refresh, slug
 from docs.roles import plain
 
 MADE = "<!-- Made by `python -m docs.build`: change the code, not this page. -->\n\n"
@@ -226,7 +226,8 @@ def _what(kind: Any) -> list[str]:
 
 def _how(kind: Any) -> list[str]:
     commands = [_command(kind), f"fedllm explain {kind.key}"]
-    where = [f"[{one.title}](../results.md#{name.replace('.', '')})" for name, one in CAPTURES.items() if kind.key in one.methods]
+    captured = [one.title for one in CAPTURES.values() if kind.key in one.methods]
+    where = [f"[{title}](../results.md#{slug(title)})" for title in captured]
     told = "It prints a table of results and writes a [run folder](../guides/runs.md)."
     told += f" Output that was really measured with it: {', '.join(where)}." if where else ""
     return ["```sh\n" + "\n".join(commands) + "\n```", told]

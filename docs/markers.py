@@ -35,7 +35,12 @@ def held(name: str, output: Path = OUTPUT) -> str:
     file = output / f"{name}.md"
     if file.is_file():
         return file.read_text(encoding="utf-8").strip()
-    return f"*Not measured yet. `python -m docs.capture {name}` fills this part.*"
+    return "*Not measured yet; `python -m docs.capture` fills this part.*"
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets on a page."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
 def refresh() -> list[Path]:

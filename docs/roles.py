@@ -13,6 +13,13 @@ def plain(text: str) -> str:
     return _ROLE.sub(lambda found: f"`{found.group(1).rsplit('.', 1)[-1]}`", text)
 
 
+def on_a_page(text: str) -> str:
+    """A docstring for mkdocs: roles as code, and `[a][b]` outside of code as text, not as a link."""
+    parts = plain(text).split("`")
+    parts[::2] = [part.replace("][", "]\\[") for part in parts[::2]]
+    return "`".join(parts)
+
+
 try:
     import griffe
 except ImportError:  # only mkdocs needs it; the pages that docs.build writes do not
@@ -25,4 +32,4 @@ else:
         def on_instance(self, *, obj: Any, **_: Any) -> None:
             """Called for every module, class, function and attribute."""
             if obj.docstring is not None:
-                obj.docstring.value = plain(obj.docstring.value)
+                obj.docstring.value = on_a_page(obj.docstring.value)

@@ -281,6 +281,7 @@ class Leg:
         first = method.init({n: t for n, t in start.items() if method.trainable(n)})
         self.state = State(first.params, first.memory, {**first.numbers, "cohort": self.cohort}, 0)
         self.counts: dict[str, dict[str, float]] = {}
+        self.unmeasured: list[dict[str, str]] = []
         self.failures = 0
 
     async def play(self, trackers: Sequence[Any] = ()) -> bool:
@@ -292,7 +293,7 @@ class Leg:
                 break
             await self._round(trackers)
         if not self.counts:
-            self.counts = await evaluate(self.method, self.state, self.server, self.ground.measured)
+            await self._measure()
         return self.state.round >= rounds
 
     async def _round(self, trackers: Sequence[Any]) -> None:
@@ -301,7 +302,7 @@ class Leg:
         every, last = recipe.evaluation.every, self.state.round == recipe.rounds
         values, self.counts = None, {}
         if last or (every and self.state.round % every == 0):
-            self.counts = await evaluate(self.method, self.state, self.server, self.ground.measured)
+            await self._measure()
             values = self.ground.learner.values(pool(self.counts.values()))
         self.server.meter.seconds += time.perf_counter() - begun
         self._log(record, values)
@@ -318,6 +319,10 @@ class Leg:
                 f"First reason: {reasons[0]}" if reasons else "",
                 action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
             )
+
+    async def _measure(self) -> None:
+        self.counts = await evaluate(self.method, self.state, self.server, self.ground.measured)
+        self.unmeasured = [*self.server.lost, *self.server.rejected]
 
     def _log(self, record: RoundRecord, values: Mapping[str, float | None] | None) -> None:
         if self.folder is None:
@@ -444,6 +449,11 @@ def _table(
     recipe, metric, first = ground.recipe, headline(ground), legs[0]
     meter = first.server.meter
     dropped = [f"{n} rows were left out: {reason}." for reason, n in ground.learner.task.dropped.items()]
+    missing = [
+        f"{len(leg.unmeasured)} clients could not be measured ({leg.name}): {leg.unmeasured[0]['reason']}"
+        for leg in legs
+        if leg.unmeasured
+    ]
     table: dict[str, Any] = {
         "name": recipe.name,
         "about": recipe.about,
@@ -464,7 +474,7 @@ def _table(
             "metrics": str(folder.path / "metrics.jsonl"),
             "report": str(folder.path / "report.html"),
         },
-        "warnings": [*ground.warnings, *dropped],
+        "warnings": [*ground.warnings, *dropped, *missing],
     }
     return {**table, "sentences": sentences(table)}
 

@@ -138,7 +138,7 @@ def explain(
     if as_json:
         screen.emit(described)
     elif place is not None:
-        screen.say(described["about"])
+        screen.tell(described["about"])
         screen.show(options_table(described["options"]))
     else:
         show_method(described)
@@ -205,7 +205,7 @@ def show_method(facts: dict[str, Any]) -> None:
     screen.say()
     body = facts["about"].partition("\n")[2].strip()
     if body:
-        screen.say(body)
+        screen.tell(body)
         screen.say()
     linear = {True: "linear: uploads may be added up in secret", False: "not linear: the server sees each upload"}
     rows = {
@@ -285,8 +285,8 @@ def show_evidence(evidence: Evidence) -> None:
         None: ("measured, not asserted", "bold yellow"),
     }[evidence.passed]
     screen.say(f"{evidence.key}: {verdict} ({evidence.seconds:.1f} s)", style)
-    screen.say(f"  claim     {evidence.claim}")
-    screen.say(f"  measured  {evidence.measured}")
+    screen.tell(f"  claim     {evidence.claim}")
+    screen.tell(f"  measured  {evidence.measured}")
 
 
 def list_recipes(as_json: Json = False) -> None:

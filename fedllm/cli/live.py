@@ -238,7 +238,7 @@ class Live(Watch):
         current = next((leg for leg in reversed(legs) if leg.losses), None)
         line = Text("", "dim", overflow="ellipsis", no_wrap=True)
         if self.finished:
-            return line.append(f"Finished in {passed}.")
+            return line.append(f"{'Stopped after' if self.stop else 'Finished in'} {passed}.")
         left = self.left()
         line.append(f"{passed} passed" + (f", about {clock(left)} left" if left is not None else ""))
         if legs and len(legs) == len(self.legs) == (self.expected or len(legs)) and left == 0:

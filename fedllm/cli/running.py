@@ -60,7 +60,7 @@ def run_recipe(
     watch = watcher(as_json=as_json, quiet=quiet)
     with interruptible(watch, lambda: resume_hint(watch.folder)), watch:
         result = run(recipe, given, folder=folder, watch=watch, debug=context.obj)
-    show_result(result, as_json)
+    show_result(result, watch, as_json)
 
 
 def resume_run(
@@ -75,7 +75,7 @@ def resume_run(
     watch = watcher(as_json=as_json, quiet=quiet)
     with interruptible(watch, lambda: resume_hint(run_folder)), watch:
         result = resume(run_folder, watch=watch, debug=context.obj)
-    show_result(result, as_json)
+    show_result(result, watch, as_json)
 
 
 def compare_methods(
@@ -118,7 +118,7 @@ def compare_methods(
         return
     from fedllm.cli.tables import comparison_table
 
-    screen.show(comparison_table(comparison.table))
+    screen.show(screen.fitted(comparison_table(comparison.table), screen.console().width))
     screen.say(f"Table: {comparison.folder / 'compare.md'}")
 
 
@@ -130,10 +130,13 @@ def split_recipe(recipe: str, overrides: list[str] | None) -> tuple[str, list[st
 
 @contextmanager
 def interruptible(watch: Live, hint: Callable[[], str]) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) stops `watch` after its round, the second ends at once; both tell how to go on."""
+    """The first Ctrl-C (or SIGTERM) stops `watch` after its round, the second ends at once; both tell how to go on.
+
+    Before anything was loaded there is nothing to save, and the first one ends at once.
+    """
 
     def stop(*_: object) -> None:
-        if watch.stop:
+        if watch.stop or not watch.ready:
             raise KeyboardInterrupt
         watch.interrupted()
 
@@ -153,26 +156,26 @@ def resume_hint(folder: Path | None) -> str:
     return "Nothing was begun." if folder is None else f"Go on with: fedllm resume {folder}"
 
 
-def show_result(result: Result, as_json: bool) -> None:
+def show_result(result: Result, watch: Live, as_json: bool) -> None:
     """The table, what it means, the files; leaves with 130 where the run was stopped before its end."""
     if as_json:
         screen.emit({"folder": str(result.folder), **result.table})
-    else:
+    if not result.finished:
+        screen.say(f"Stopped and saved. {resume_hint(result.folder)}", errors=True)
+        raise typer.Exit(INTERRUPTED)
+    if not as_json:
         from fedllm.cli.tables import client_table
         from fedllm.report.table import result_table
 
+        width = screen.console().width
+        by_client = client_table(result.table, width)
         screen.say()
-        screen.show(result_table(result.table))
-        shown = client_table(result.table, screen.console().width)
-        screen.show(*([shown] if shown is not None else []))
+        screen.show(screen.fitted(result_table(result.table), width), *([by_client] if by_client is not None else []))
         screen.say()
         for sentence in result.sentences:
-            screen.say(sentence, "bold")
+            screen.tell(sentence, "bold")
         screen.say()
         for name, file in result.table["files"].items():
             screen.say(f"{name.capitalize():8} {file}")
-    screen.warn(result.table["warnings"])
-    if not result.finished:
-        hint = resume_hint(result.folder)
-        screen.say(f"Stopped after round {result.table['rounds']}. {hint}", errors=True)
-        raise typer.Exit(INTERRUPTED)
+    seen = [] if watch.silent else watch.warnings
+    screen.warn([text for text in result.table["warnings"] if text not in seen])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table
 
 PIPED_WIDTH = 160
 """Columns of a table that is written into a file or a pipe; the variable COLUMNS overrides it."""
@@ -36,9 +37,25 @@ def show(*renderables: RenderableType) -> None:
         place.print(renderable)
 
 
+def fitted(table: Table, width: int) -> Table:
+    """The table without the last columns that `width` has no room for; the first two always stay."""
+    from rich.console import Console
+
+    measure = Console(width=10_000).measure
+    while len(table.columns) > 2 and measure(table).maximum > width:
+        table.columns.pop()
+    return table
+
+
 def say(text: str = "", style: str | None = None, errors: bool = False) -> None:
-    """Print a text as it is: no markup, no hard wrapping, so that paths can be copied."""
+    """Print a line as it is: no markup and no line breaks of its own, so that paths can be copied."""
     console(errors).print(text, style=style, markup=False, soft_wrap=True)
+
+
+def tell(text: str, style: str | None = None, errors: bool = False) -> None:
+    """Print sentences, broken between words where they are wider than a terminal."""
+    place = console(errors)
+    place.print(text, style=style, markup=False, soft_wrap=not place.is_terminal)
 
 
 def emit(value: Any) -> None:
@@ -51,15 +68,15 @@ def fail(first: str, rest: Sequence[str] = ()) -> None:
     from rich.text import Text
 
     place = console(errors=True)
-    place.print(Text("Error: ", "bold red") + Text(first), soft_wrap=True)
+    place.print(Text("Error: ", "bold red") + Text(first), soft_wrap=not place.is_terminal)
     for part in rest:
-        place.print(Text(f"  {part}"), soft_wrap=True)
+        place.print(Text(f"  {part}"), soft_wrap=not place.is_terminal)
 
 
 def warn(texts: Sequence[str]) -> None:
     """Print warnings to stderr."""
     for text in texts:
-        say(f"Warning: {text}", "yellow", errors=True)
+        tell(f"Warning: {text}", "yellow", errors=True)
 
 
 def can_show(characters: str) -> bool:

@@ -102,7 +102,7 @@ class Server:
     """The side that holds the state. Methods and protocols talk to clients through it alone.
 
     Attributes:
-        lost: clients that did not answer since the last :meth:`settle`, with reasons.
+        lost: clients that did not answer since the last :meth:`begin`, with reasons.
         rejected: clients whose upload was refused since then, with reasons.
     """
 
@@ -156,10 +156,14 @@ class Server:
         self._accepted.remove(client)
         self.rejected.append({"client": client, "reason": reason})
 
+    def begin(self, round: int) -> None:
+        """Begin a round or a measurement: from here on `lost` and `rejected` are counted."""
+        self.round, self.lost, self.rejected = round, [], []
+
     def settle(self, commit: bool = True) -> None:
         """End of a round or phase: keep (or roll back) the private stores of the clients whose answers were used."""
         self.engine.settle(self._accepted if commit else [])
-        self._accepted, self.lost, self.rejected = [], [], []
+        self._accepted = []
 
     def checkpoint(self, state: State) -> None:
         """Make `state` durable (protocols call this where they could be resumed)."""

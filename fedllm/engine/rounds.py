@@ -48,13 +48,16 @@ async def play_round(
     A round without a usable upload changes nothing and says so in its record.
     """
     number, begun, meter = state.round + 1, time.perf_counter(), server.meter
-    server.round = number
+    server.begin(number)
     before = (meter.total("up"), meter.total("down"), meter.tokens)
     record = RoundRecord(number, [])
     reduction = Reduction(method.reducer, method.expected(state))
     wanted, new = cohort_size, None
     for turn in range(COLLECT_LIMIT):
-        rest = [client for client in server.clients if client not in set(record.cohort)] or list(server.clients)
+        rest = [client for client in server.clients if client not in set(record.cohort)]
+        if not rest:  # asked again in the same round, a client would give the very same upload
+            record.failed = "the method asked for more clients than there are"
+            break
         cohort = method.cohort(number, rest, wanted, numpy_stream(server.seed, "cohort", number, turn))
         record.cohort += cohort
         async for answer in server.ask(method.work, _payloads(method, state, cohort), deadline):
@@ -94,7 +97,11 @@ def _payloads(method: Method, state: State, clients: Sequence[str]) -> Iterator[
 
 
 async def evaluate(method: Method, state: State, server: Server, clients: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Ask `clients` to measure `state`; returns additive counts by client. Nothing is changed anywhere."""
+    """Ask `clients` to measure `state`; returns additive counts by client. Nothing is changed anywhere.
+
+    Clients that could not be measured are in `server.lost` and `server.rejected`.
+    """
+    server.begin(state.round)
     counts: dict[str, dict[str, float]] = {}
     async for answer in server.ask(method.evaluate, _payloads(method, state, clients)):
         counts[answer.client] = {name: total for name, (total, _) in answer.upload.metrics.items()}

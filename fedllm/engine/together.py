@@ -21,7 +21,9 @@ from fedllm.core.train import Train
 from fedllm.core.work import Embed, Example, Fit, FitReport, Generate, Gradient, Learner, Request, Score, ScoreReport
 
 SCORE_ROWS = 32
-"""Rows of a forward pass that only measures."""
+"""Rows of a forward pass that only measures, over all clients."""
+GRADIENT_ROWS = 8
+"""Rows of one client in a pass of a full gradient: the same at every width, so that its sum has one order."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,9 @@ def _clipped(grads: Tensors, limit: float | None) -> Tensors:
     """
     if limit is None:
         return grads
-    squares = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0)
+    squares = torch.zeros(len(next(iter(grads.values()))), device=next(iter(grads.values())).device)
+    for grad in grads.values():  # one after the other: the same order of additions at every width
+        squares = squares + grad.flatten(1).square().sum(1)
     factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     return {name: grad * factor.view(-1, *([1] * (grad.dim() - 1))) for name, grad in grads.items()}
 
@@ -298,7 +302,7 @@ def _gradient(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
     scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=learner.device)
     total, sums = {n: torch.zeros_like(t) for n, t in stack.items()}, torch.zeros(len(jobs), dtype=torch.float64)
     with torch.enable_grad(), learner.using({**_spread(jobs[0].frozen, len(jobs), learner), **stack}):
-        for groups in _rounds(examples, max(1, SCORE_ROWS // len(jobs))):
+        for groups in _rounds(examples, GRADIENT_ROWS):
             losses = learner.losses(groups)
             found = torch.autograd.grad((losses * scale).sum(), list(stack.values()), allow_unused=True)
             for name, gradient in zip(stack, found, strict=True):

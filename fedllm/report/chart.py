@@ -129,7 +129,7 @@ def heat_map(
     if not highest:
         return ""
     named = len(rows) <= 40
-    left, tall = (min(120.0, max(map(_width, rows)) + 8) if named else 4.0), (17.0 if named else 3.0)
+    left, tall = (min(150.0, max(map(_width, rows)) + 8) if named else 4.0), (17.0 if named else 3.0)
     wide = (WIDTH - left) / len(columns)
     top = min(110.0, max(map(_width, columns))) + 8
     parts = []

@@ -148,7 +148,7 @@ def read_run(folder: Path) -> Run:
             if any(rest.strip() for rest in lines[number:]):
                 run.notes.append(f"Line {number} of metrics.jsonl cannot be read and is left out.")
             continue
-        {"round": run.rounds, "evaluation": run.evaluations}.get(event.get("event"), []).append(event)
+        {"round": run.rounds, "evaluation": run.evaluations}.get(str(event.get("event")), []).append(event)
     return run
 
 
@@ -265,10 +265,9 @@ def _gain_row(run: Run, wide: bool) -> tuple[str, str, list[str]] | None:
         return None
     metric, gain = str(run.metric), run.summary("federated", model).gain
     first, second = run.summary("federated"), run.summary(model)
-    pairs: list[tuple[float | None, float | None]] = []
-    if wide:
-        pairs = [tuple((row["clients"].get(c) or {}).get(metric) for row in (own, other)) for c in run.clients]
-    cells = [_change(run, *pair) for pair in pairs] or ["", "", "", ""]
+    now, then = own["clients"], other["clients"]
+    pairs = [((now.get(c) or {}).get(metric), (then.get(c) or {}).get(metric)) for c in run.clients]
+    cells = [_change(run, *pair) for pair in pairs] if wide else ["", "", "", ""]
     cells.append(_change(run, own["pooled"].get(metric), other["pooled"].get(metric)))
     cells += [_change(run, first.mean, second.mean), _change(run, first.worst_10_percent, second.worst_10_percent)]
     interval = [value if run.higher else -value for value in gain.interval] if gain and gain.interval else None

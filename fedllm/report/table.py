@@ -24,7 +24,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     others = [name for name in (rows[0]["pooled"] if rows else {}) if name not in ("n", metric)]
     table = Table(title=result["name"], caption=caption(result))
     table.add_column("model")
-    names = [NAMES.get(metric, metric), "mean of clients", "worst 10 %", "95 % interval"]
+    names = [str(NAMES.get(metric, metric)), "mean of clients", "worst 10 %", "95 % interval"]
     for name in (*names, *(NAMES.get(name, name) for name in others)):
         table.add_column(name, justify="right")
     for row in rows:

@@ -181,7 +181,7 @@ def test_lost_clients_are_recorded_with_their_reason() -> None:
     assert server.lost == [{"client": "a", "reason": "a is gone"}]
 
 
-def test_settle_keeps_the_accepted_and_clears_the_lists() -> None:
+def test_settle_keeps_the_accepted_and_begin_clears_the_lists() -> None:
     engine = Scripted({"a": good(), "b": good(), "c": None})
     server = Server(engine, 0)
     ask(server)
@@ -189,6 +189,8 @@ def test_settle_keeps_the_accepted_and_clears_the_lists() -> None:
     assert server.rejected == [{"client": "b", "reason": "wrong shape"}]
     server.settle()
     assert engine.settled == [["a"]]
+    assert [entry["client"] for entry in server.lost] == ["c"], "what happened can be read until the next round"
+    server.begin(2)
     assert (server.lost, server.rejected) == ([], [])
     ask(server)
     server.settle(commit=False)

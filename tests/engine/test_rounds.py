@@ -172,12 +172,6 @@ def test_one_by_one_and_together_give_the_same_bits(key: str, train: str) -> Non
             assert all(torch.equal(mine[n][k], theirs[n][k]) for n in mine for k in mine[n])  # type: ignore[index,union-attr]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="engine/together.py _clipped: torch.stack([...]).sum(0) over tensors adds in another order for one client than "
-    "for many, so the default clip_norm=1 makes the last bits depend on the width. Adding the tensors' squares one "
-    "after the other - sum(g.flatten(1).square().sum(1) for g in grads.values()) - gives the same bits at every width.",
-)
 def test_clipping_gives_the_same_bits_at_every_width() -> None:
     stream = torch.Generator().manual_seed(2)
     many = {f"t{n:02d}": torch.randn(n + 1, 4, generator=stream) for n in range(24)}
@@ -195,15 +189,51 @@ def test_clipping_gives_the_same_bits_at_every_width() -> None:
     assert all(same(states[0], other) for other in states[1:])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="engine/together.py _gradient: SCORE_ROWS // len(jobs) rows of a client share a pass, so how its gradient is "
-    "cut into sums depends on how many others are asked with it. A fixed number of rows per client would not.",
-)
 def test_full_gradients_have_the_same_bits_at_every_width() -> None:
     method = make("scaffold", TRAINS["sgd"], option="I")
     states = [Ground(method, width).play(2).state for width in (1, 3, 7)]
     assert all(same(states[0], other) for other in states[1:])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="engine/together.py _clipped: flatten(1) fails on a scalar parameter, [K] when stacked."
+)
+def test_a_scalar_parameter_can_be_clipped() -> None:
+    def shift(params: Tensors, examples: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(params["s"] - x[0]).square() for x in examples]).sum()
+
+    learner = FunctionLearner(shift, {"s": torch.tensor(0.0)})
+    assert Ground(FedAvg(train=Train(steps=2)), learner=learner).play().record.failed is None
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="engine/together.py batches: the last optimiser step of a pass takes its missing batches from the "
+    "next pass, so one epoch of 5 rows in batches of 2, four to a step, trains on 7 rows.",
+)
+def test_an_epoch_is_one_pass_over_the_rows_also_when_gradients_are_accumulated() -> None:
+    method = FedAvg(train=Train(epochs=1, batch_size=2, accumulate=4))
+    ground = Ground(method, rows=Federation({"c0": 5}))
+    ground.play(cohort=1)
+    assert ground.server.meter.tokens == 5, "one token a row here"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="engine/together.py alike: clients whose tensors have other dtypes share a pass and are all cast to the "
+    "first one's, so what a client gives back depends on who is asked with it. The key should hold dtypes.",
+)
+def test_clients_in_other_precisions_do_not_share_a_pass() -> None:
+    def shift(params: Tensors, examples: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(params["s"] - x[0]).square().sum() for x in examples]).sum()
+
+    def ground() -> Ground:
+        return Ground(FedAvg(train=SGD), learner=FunctionLearner(shift, {"s": torch.zeros(1)}))
+
+    single = ground().request("c0")
+    double = ground().request("c1", received=Received({"s": torch.zeros(1).double()}))
+    alone, together = ground().answer(double), ground().answer(single, double)
+    assert alone["request of c1"].body == together["request of c1"].body
 
 
 @pytest.mark.parametrize("train", TRAINS)
@@ -382,7 +412,7 @@ def test_a_bad_upload_is_left_out_and_its_client_rolls_back(how: str, where: str
     assert (ground.record.used, ground.record.failed) == (6, None)
     assert all(torch.equal(t, start()[n] + 1) for n, t in ground.state.params.items())
     assert ground.worker.private.clients() == sorted(set(SIZES) - {"c0"})
-    assert ground.server.lost == ground.server.rejected == []
+    assert (ground.record.lost, ground.record.rejected) == (ground.server.lost, ground.server.rejected)
 
 
 def test_weights_that_sum_to_zero_fail_the_round_and_keep_the_state() -> None:
@@ -475,7 +505,7 @@ def test_collecting_without_end_fails_the_round() -> None:
     ground = Ground(Patient(enough=10**9, more=1))
     before = ground.state
     ground.play(cohort=1)
-    assert ground.record.failed == f"the method asked for more clients {COLLECT_LIMIT} times"
+    assert ground.record.failed == "the method asked for more clients than there are"  # 7, fewer than COLLECT_LIMIT
     assert same(before, ground.state)
     assert ground.worker.private.clients() == []
 
@@ -488,12 +518,6 @@ def test_a_turn_without_a_reply_does_not_undo_the_turns_before() -> None:
     assert {entry["client"] for entry in ground.record.lost} <= {"c0", "c1", "c2"}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Once every client was asked, a round that collects more asks the same clients again in the same round: "
-    "their batches and random streams depend on (seed, client, round) alone, so the very same upload is counted twice. "
-    "Either the turn must enter the streams, or the round must end.",
-)
 def test_nobody_is_counted_twice_with_the_same_work() -> None:
     class Training(Patient):
         """Trains."""
@@ -571,11 +595,6 @@ def test_counts_add_up_to_the_pooled_loss() -> None:
     assert ground.server.meter.messages["evaluate/up"] == 7
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="evaluate() settles the server, which clears `lost` and `rejected` before anyone can see them: clients that "
-    "could not be measured just are not in the table.",
-)
 def test_clients_that_could_not_be_measured_are_on_record() -> None:
     ground = Ground(FedAvg(train=SGD), rows=Federation(unreadable=["c1"])).play(1)
     counts = ground.measure()

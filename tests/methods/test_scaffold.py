@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.train import Schedule, Train
 from fedllm.core.wire import decode
 from fedllm.core.work import Client
+from fedllm.engine.rounds import play_round
 from fedllm.methods.baseline.fedavg import FedAvg
 from fedllm.methods.baseline.scaffold import Scaffold
 
@@ -187,10 +189,6 @@ def test_what_travels_is_twice_fedavg_and_never_a_private_control(play: Any, peo
             yield reply
 
     played.worker.answer = listening
-    import asyncio
-
-    from fedllm.engine.rounds import play_round
-
     asyncio.run(play_round(method, played.state, played.server, 4))
     assert len(seen) == 4
     secrets = {c: played.private(c)["control"] for c in people}
