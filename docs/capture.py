@@ -27,7 +27,9 @@ SEVEN = "fedavg,fedprox,scaffold,fedavgm,fedadagrad,fedyogi,fedadam"
 WIDTH = "130"
 """Columns of a captured terminal."""
 VERSIONS = ("fedllm", "torch", "transformers")
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL = re.compile(
+    r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Capture:
 # --- running -----------------------------------------------------------------------------------------------------
 
 
-def ran(command: str, folder: Path, extra: Sequence[str] = (), allowed: Sequence[int] = (0,), merged: bool = True) -> str:
+def ran(
+    command: str, folder: Path, extra: Sequence[str] = (), allowed: Sequence[int] = (0,), merged: bool = True
+) -> str:
     """What a `fedllm` command prints, without control codes; `extra` arguments say where to work and are not quoted.
 
     Raises:
@@ -161,7 +165,9 @@ def random_start(capture: Capture, folder: Path) -> dict[str, str]:
         cells = [value_text(name, row["pooled"].get(name)) for name in metrics for row in pair]
         lines.append([pair[0]["label"], *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return {"random-start.md": page(table, made_by(capture, "random-start", device_of(Path(folder, found[0]["folder"]))))}
+    return {
+        "random-start.md": page(table, made_by(capture, "random-start", device_of(Path(folder, found[0]["folder"]))))
+    }
 
 
 def recipe_run(capture: Capture, folder: Path) -> dict[str, str]:
@@ -176,7 +182,9 @@ def recipe_run(capture: Capture, folder: Path) -> dict[str, str]:
     shown = result_table(result)
     caption = f"{shown.caption}." if shown.caption else ""
     return {
-        f"{name}.md": page(markdown(shown), caption, " ".join(result["sentences"]), few, made_by(capture, name, device_of(run)))
+        f"{name}.md": page(
+            markdown(shown), caption, " ".join(result["sentences"]), few, made_by(capture, name, device_of(run))
+        )
     }
 
 
@@ -207,7 +215,9 @@ def verified(capture: Capture, folder: Path) -> dict[str, str]:
 VERDICTS = {True: "shown", False: "**not shown**", None: "measured, not asserted"}
 """What `passed` of an effect check means."""
 
-AG_NEWS = "fedllm compare benchmarks/recipes/ag-news.yaml data.partition.alpha={} --methods base," + SEVEN + " --seeds 3"
+AG_NEWS = (
+    "fedllm compare benchmarks/recipes/ag-news.yaml data.partition.alpha={} --methods base," + SEVEN + " --seeds 3"
+)
 TRIO = ("fedit", "local", "central")
 CAPTURES: dict[str, Capture] = {
     "quickstart": Capture(

@@ -32,6 +32,7 @@ from fedllm.engine.folder import Checkpoint, RunFolder
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.engine.rounds import RoundRecord, evaluate, play_round
 from fedllm.engine.width import Width, choose
+from fedllm.evaluate import total
 from fedllm.evaluate.clients import summarise
 from fedllm.methods import find
 from fedllm.methods.baseline.central import EVERYONE
@@ -303,7 +304,7 @@ class Leg:
         values, self.counts = None, {}
         if last or (every and self.state.round % every == 0):
             await self._measure()
-            values = self.ground.learner.values(pool(self.counts.values()))
+            values = self.ground.learner.values(total(self.counts.values()))
         self.server.meter.seconds += time.perf_counter() - begun
         self._log(record, values)
         numbers = {k: v for k, v in {"loss": record.loss, **(values or {})}.items() if v is not None}
@@ -330,7 +331,7 @@ class Leg:
         self.folder.log({**record.to_json(), "model": self.name})
         if values is not None:
             by_client = {c: {"n": n.get("examples"), **self._values(n)} for c, n in self.counts.items()}
-            pooled = {"n": pool(self.counts.values()).get("examples"), **values}
+            pooled = {"n": total(self.counts.values()).get("examples"), **values}
             event = {"event": "evaluation", "round": record.round, "model": self.name}
             self.folder.log({**event, "pooled": pooled, "clients": by_client})
 
@@ -379,15 +380,6 @@ class Pooled:
         return self.federation.pooled(split) if client_id == EVERYONE else self.federation.rows(client_id, split)
 
 
-def pool(counts: Any) -> dict[str, float]:
-    """The sum of additive counts."""
-    total: dict[str, float] = {}
-    for found in counts:
-        for name, value in found.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
-
-
 def headline(ground: Ground) -> str:
     """The metric that decides."""
     wanted, names = ground.recipe.evaluation.metric, ground.learner.score_names
@@ -399,8 +391,8 @@ def headline(ground: Ground) -> str:
 def _row(ground: Ground, model: str, label: str, counts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     values = ground.learner.values
     clients = {client: {"n": found.get("examples"), **values(found)} for client, found in sorted(counts.items())}
-    total = pool(counts.values())
-    pooled = {"n": total.get("examples", 0.0), **(values(total) if total else {})}
+    pooled_counts = total(counts.values())
+    pooled = {"n": pooled_counts.get("examples", 0.0), **(values(pooled_counts) if pooled_counts else {})}
     return {"model": model, "label": label, "clients": clients, "pooled": pooled, "summary": _summary(ground, clients)}
 
 
@@ -438,7 +430,7 @@ def base_row(ground: Ground) -> dict[str, Any]:
     async def ask() -> dict[str, dict[str, float]]:
         payloads = ((client, Received()) for client in ground.measured)
         answers = server.ask(method.evaluate_base, payloads)
-        return {a.client: {n: total for n, (total, _) in a.upload.metrics.items()} async for a in answers}
+        return {a.client: {n: held for n, (held, _) in a.upload.metrics.items()} async for a in answers}
 
     return _row(ground, "base", "Base model", asyncio.run(ask()))
 

@@ -155,10 +155,20 @@ def place_facts(place: str, known: list[Option]) -> dict[str, Any]:
             action="Run 'fedllm explain KEY' with the method's key.",
         )
     if not found:
-        names = {".".join(one.name.split(".")[:depth]) for one in known for depth in range(1, one.name.count(".") + 2)}
-        raise ConfigError.unknown("option of a recipe", place, names)
+        raise ConfigError.unknown("option of a recipe", place, _beside(place, known))
     about = "A recipe is a YAML file of these options; on the command line they are KEY=VALUE."
     return {"place": place or "recipe", "about": about, "options": [one.to_dict() for one in found]}
+
+
+def _beside(place: str, known: list[Option]) -> set[str]:
+    """The places that lie in the same part of a recipe as the wrong `place`."""
+    parts = place.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        inside = "".join(f"{part}." for part in parts[:depth])
+        names = {inside + one.name.removeprefix(inside).split(".")[0] for one in known if one.name.startswith(inside)}
+        if names:
+            return names
+    return set()
 
 
 def method_facts(key: str) -> dict[str, Any]:
@@ -216,7 +226,7 @@ def show_method(facts: dict[str, Any]) -> None:
         "status": f"{card['status']}: {MEANINGS[card['status']]}",
         "travels": card["travels"],
         "reducer": linear.get(facts["linear"], "a protocol: it has none"),
-        "stays private": ", ".join(facts["private"]) or "nothing is kept between rounds",
+        "stays private": ", ".join(facts["private"]) or "clients keep nothing between rounds",
         "models": ", ".join(card["models"]),
         "adapters": ", ".join(facts["adapters"]),
         "real sites": f"no: {card['simulation_only']}" if card["simulation_only"] else "yes",

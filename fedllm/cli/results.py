@@ -216,7 +216,7 @@ def _lines() -> Iterator[Mapping[str, Any]]:
     """Prompts from the keyboard or a pipe, until its end."""
     typed = sys.stdin.isatty()
     if typed:
-        screen.say("A prompt per line; Ctrl-D ends.", "dim", errors=True)
+        screen.say(r"A prompt per line (\n breaks it), or a row as JSON; Ctrl-D ends.", "dim", errors=True)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - line editing for input()
     while True:

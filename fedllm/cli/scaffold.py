@@ -77,14 +77,15 @@ def check_key(key: str) -> None:
     from fedllm.methods import methods
     from fedllm.protocols import protocols
 
+    taken = {**methods(), **protocols()}
     if not KEY.fullmatch(key) or keyword.iskeyword(key):
         near = re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
+        free = KEY.fullmatch(near) and not keyword.iskeyword(near) and near not in taken
         raise ConfigError(
             f"'{key}' cannot be a key.",
             "A key has lower-case letters and digits, with single dashes between them, and begins with a letter.",
-            near if KEY.fullmatch(near) and not keyword.iskeyword(near) else None,
+            near if free else None,
         )
-    taken = {**methods(), **protocols()}
     if key in taken:
         raise ConfigError(f"The key '{key}' is taken.", f"It is {taken[key].__module__}.", action="Choose another key.")
 

@@ -59,7 +59,7 @@ TEST = '''"""$key: what must be equal to the bit, and what its options change.""
 import torch
 
 from fedllm.effects.rig import Play, quadratic
-from fedllm.methods.baseline.fedavg import FedAvg
+from fedllm.methods import find
 from $module import $name
 
 TRAIN = {"steps": 3, "lr": 0.1, "optimizer": "sgd", "clip_norm": None, "batch_size": 1}
@@ -71,7 +71,7 @@ def played(method, rounds=4):
 
 
 def test_its_defaults_are_fedavg_to_the_bit():
-    assert torch.equal(played($name(train=TRAIN)), played(FedAvg(train=TRAIN)))
+    assert torch.equal(played($name(train=TRAIN)), played(find("fedavg")(train=TRAIN)))
 
 
 def test_half_a_server_step_moves_half_as_far():

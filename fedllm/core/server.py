@@ -8,7 +8,8 @@ never knows which engine runs it, and no client can share a tensor with the serv
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,13 +67,12 @@ class Engine(Protocol):
         """The registered clients, sorted."""
         ...
 
-    def ask(self, requests: Iterable[Request], deadline: float | None, enough: int | None) -> AsyncIterator[Reply]:
-        """Stream replies. Every request is answered once, or not at all where `enough` good replies came first.
+    def ask(self, requests: Iterable[Request], deadline: float | None) -> AsyncGenerator[Reply, None]:
+        """Stream replies: one for every request. Closing the stream early cancels what is still under way.
 
         Args:
             requests: read lazily, so that payloads need not lie in memory together.
             deadline: seconds after which a client that has not answered is answered for with an error.
-            enough: stop after so many replies without error.
         """
         ...
 
@@ -144,12 +144,16 @@ class Server:
         if not getattr(function, "__on_client__", False):
             raise ConfigError(f"'{op}' is not a client-side function.", action="Mark it with @on_client.")
         pairs = payloads.items() if isinstance(payloads, Mapping) else payloads
-        replies = self.engine.ask(self._requests(op, pairs), deadline, enough)
-        async for reply in replies:
-            upload = self._receive(op, reply)
-            if upload is not None:
-                self._accepted.append(reply.client)
-                yield Answer(reply.client, upload)
+        replies, accepted = self.engine.ask(self._requests(op, pairs), deadline), 0
+        async with aclosing(replies):
+            async for reply in replies:
+                upload = self._receive(op, reply)
+                if upload is not None:
+                    self._accepted.append(reply.client)
+                    yield Answer(reply.client, upload)
+                    accepted += 1
+                    if accepted == enough:
+                        return
 
     def reject(self, client: str, reason: str) -> None:
         """Take back an accepted answer that turned out unusable (wrong names or shapes)."""

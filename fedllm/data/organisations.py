@@ -44,9 +44,9 @@ MONTHS = (
     "July", "August", "September", "October", "November", "December",
 )  # fmt: skip
 URGENCY = {
-    "urgent": ("immediately", "at once", "without delay", "as an emergency", "right away"),
-    "normal": ("in the usual way", "as a routine matter", "in normal order", "on the regular schedule"),
-    "low": ("whenever there is time", "with no hurry", "at any later moment", "when things are quiet"),
+    "urgent": ("urgently", "as an urgent case", "at once"),
+    "normal": ("in normal order", "as a normal case", "as usual"),
+    "low": ("with low priority", "as a low case", "when it is quiet"),
 }
 """Phrases for each urgency code; the same at every organisation."""
 _FIRST_DAY = datetime.date(2019, 1, 1)
@@ -82,10 +82,10 @@ def _date(rng: random.Random) -> tuple[str, str]:
 
 
 def _amount(rng: random.Random) -> tuple[str, str]:
-    """Money in one of four written forms; in the answer two decimals and the ISO 4217 code."""
+    """Money in one of three written forms; in the answer two decimals and the ISO 4217 code."""
     whole = rng.randint(100, 9_999)
     code, word = rng.choice([("EUR", "euros"), ("USD", "dollars"), ("GBP", "pounds")])
-    written = rng.choice([f"{code} {whole}", f"{whole} {word}", f"{whole}.00 {code}", f"{whole} {code}"])
+    written = rng.choice([f"{code} {whole}", f"{whole} {word}", f"{whole} {code}"])
     return written, f"{whole}.00 {code}"
 
 
@@ -144,8 +144,8 @@ _FORMS = (
             "amount": (_amount, ("Total of this bill: {}.", "We charge {} in all.", "The goods come to {}.")),
             "paid": (
                 _flag(
-                    ("The balance has been settled.", "Your transfer has arrived with thanks."),
-                    ("The balance is still open.", "No transfer has arrived so far."),
+                    ("The bill has been paid.", "Your payment has arrived."),
+                    ("The bill has not been paid.", "Your payment has not arrived."),
                 ),
                 ("{}",),
             ),
@@ -168,7 +168,7 @@ _FORMS = (
         },
         (
             "Caller: {name}.", "Desk {number}, second floor.", "Site: {place}.",
-            "A restart did not help.", "The password was reset.",
+            "A restart was tried.", "The password was reset.",
         ),
     ),
     _Form(
@@ -200,8 +200,8 @@ _FORMS = (
             ),
             "renewal": (
                 _flag(
-                    ("It shall be extended automatically.", "The term prolongs itself each year."),
-                    ("It shall lapse at the end of the term.", "No extension is foreseen."),
+                    ("It shall be renewed.", "The term shall be extended."),
+                    ("It shall not be renewed.", "The term shall not be extended."),
                 ),
                 ("{}",),
             ),
@@ -222,8 +222,8 @@ _FORMS = (
             ),
             "fragile": (
                 _flag(
-                    ("Handle with great care, glass inside.", "Breakable goods, keep upright."),
-                    ("Sturdy goods, may be stacked.", "Nothing breakable inside."),
+                    ("The goods can break.", "The box is delicate."),
+                    ("The goods can not break.", "The box is not delicate."),
                 ),
                 ("{}",),
             ),
@@ -241,8 +241,8 @@ _FORMS = (
             "sum": (_amount, ("The holder asks for {}.", "Repair is estimated at {}.", "Claimed: {}.")),
             "police": (
                 _flag(
-                    ("Officers took a report.", "The station filed the case."),
-                    ("No officers were called.", "The station was not informed."),
+                    ("Officers were called.", "The station was informed."),
+                    ("Officers were not called.", "The station was not informed."),
                 ),
                 ("{}",),
             ),
@@ -260,8 +260,8 @@ _FORMS = (
             "salary": (_amount, ("I hope to earn {} a month.", "My expectation is {}.", "I would ask for {}.")),
             "relocate": (
                 _flag(
-                    ("I am glad to move.", "A new town is welcome."),
-                    ("I cannot move house.", "I must stay where I live."),
+                    ("I can move house.", "I do want a new town."),
+                    ("I can not move house.", "I do not want a new town."),
                 ),
                 ("{}",),
             ),

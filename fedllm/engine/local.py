@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +173,9 @@ class LocalEngine:
         """The registered clients, sorted."""
         return self._ids
 
-    async def ask(
-        self, requests: Iterable[Request], deadline: float | None, enough: int | None
-    ) -> AsyncIterator[Reply]:
+    async def ask(self, requests: Iterable[Request], deadline: float | None) -> AsyncGenerator[Reply, None]:
         """See :class:`fedllm.core.server.Engine`. Clients that share a pass are answered together."""
-        begun, good, waiting = time.monotonic(), 0, iter(requests)
+        begun, waiting = time.monotonic(), iter(requests)
         while chunk := list(itertools.islice(waiting, self.width)):
             if _late(begun, deadline):
                 for request in chunk:
@@ -190,10 +188,7 @@ class LocalEngine:
                     self.worker.private.drop(request.client)
                     yield _missed(request, deadline)
                     continue
-                good += reply.body is not None
                 yield reply
-                if enough is not None and good >= enough:
-                    return
 
     def settle(self, accepted: Sequence[str]) -> None:
         """See :class:`fedllm.core.server.Engine`."""

@@ -36,22 +36,25 @@ class PrivateStore:
         self._staged: dict[str, PrivateView] = {}
 
     def open(self, client: str) -> PrivateView:
-        """A staged copy of one client's entry."""
-        view = PrivateView(self._load(client), self.declared, client)
+        """A staged copy of one client's entry; a second turn before :meth:`settle` goes on from the first."""
+        before = self._staged.get(client)
+        view = PrivateView(self._load(client) if before is None else dict(before.entry), self.declared, client, before)
         self._staged[client] = view
         return view
 
     def settle(self, accepted: Sequence[str]) -> None:
         """Keep the staged entries of `accepted`, drop all others."""
+        staged, self._staged = self._staged, {}
         for client in accepted:
-            view = self._staged.get(client)
+            view = staged.get(client)
             if view is not None and view.changed:
                 self._save(client, view.entry)
-        self._staged.clear()
 
     def drop(self, client: str) -> None:
-        """Forget what a client staged."""
-        self._staged.pop(client, None)
+        """Forget what a client staged in its last turn."""
+        view = self._staged.pop(client, None)
+        if view is not None and view.before is not None:
+            self._staged[client] = view.before
 
     def clients(self) -> list[str]:
         """Clients that hold something."""
@@ -132,8 +135,9 @@ def _is_tensors(value: object) -> bool:
 class PrivateView(MutableMapping[str, "Tensors | Json"]):
     """One client's entry during its turn; only declared names are accepted."""
 
-    def __init__(self, entry: Entry, declared: Sequence[str], client: str) -> None:
-        self.entry, self.declared, self.client, self.changed = entry, declared, client, False
+    def __init__(self, entry: Entry, declared: Sequence[str], client: str, before: PrivateView | None = None) -> None:
+        self.entry, self.declared, self.client, self.before = entry, declared, client, before
+        self.changed = before is not None and before.changed
 
     def __getitem__(self, name: str) -> Tensors | Json:
         self._known(name)

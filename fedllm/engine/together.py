@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -59,18 +60,30 @@ def run_together(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
 
 
 def alike(job: Job) -> tuple[Any, ...]:
-    """Jobs with equal keys may share a pass."""
+    """Jobs with equal keys may share a pass: the same work, on tensors of the same names and dtypes."""
     request = job.request
     if isinstance(request, Fit):
         rules = tuple(_identity(rule) for rule in (request.penalty, request.correction))
-        return Fit, request.train, request.split, rules, tuple(request.start), tuple(request.given)
+        return (
+            Fit,
+            request.train,
+            request.split,
+            rules,
+            _form(request.start),
+            tuple((n, _form(t)) for n, t in request.given.items()),
+        )
     if isinstance(request, Gradient):
-        return Gradient, request.split, tuple(request.params)
+        return Gradient, request.split, _form(request.params)
     if isinstance(request, Score):
-        return Score, request.split, request.params is None, tuple(request.params or ())
+        return Score, request.split, _form(request.params)
     if isinstance(request, Generate):
-        return Generate, request.max_tokens, request.temperature, request.params is None, tuple(request.params or ())
-    return Embed, request.params is None, tuple(request.params or ())
+        return Generate, request.max_tokens, request.temperature, _form(request.params)
+    return Embed, _form(request.params)
+
+
+def _form(tree: Tensors | None) -> tuple[Any, ...] | None:
+    """Names and dtypes."""
+    return None if tree is None else tuple((name, tensor.dtype) for name, tensor in tree.items())
 
 
 def _identity(function: Callable[..., Any] | None) -> tuple[int, int]:
@@ -82,16 +95,18 @@ def _identity(function: Callable[..., Any] | None) -> tuple[int, int]:
 # fit
 
 
-def batches(count: int, train: Train, seed: int, client: str, round: int) -> Iterator[list[int]]:
-    """The example numbers of each forward pass, for ever: passes over a fresh permutation, the last batch short.
+def steps_of(count: int, train: Train, seed: int, client: str, round: int) -> Iterator[list[list[int]]]:
+    """The example numbers of each optimiser step, batch by batch, for ever. A function of (seed, client, round) alone.
 
-    `train.accumulate` consecutive batches make one optimiser step. A function of (seed, client, round) alone.
+    Every pass over the data is a fresh permutation cut into batches; up to `train.accumulate` of them make one step,
+    and neither a batch nor a step reaches into the next pass.
     """
     stream = numpy_stream(seed, "batches", client, round)
     while True:
         order = stream.permutation(count).tolist()
-        for start in range(0, count, train.batch_size):
-            yield order[start : start + train.batch_size]
+        cut = [order[start : start + train.batch_size] for start in range(0, count, train.batch_size)]
+        for start in range(0, len(cut), train.accumulate):
+            yield cut[start : start + train.accumulate]
 
 
 def _fit(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
@@ -111,7 +126,7 @@ class _Fit:
         self.examples = [job.examples(r.split) for job, r in zip(jobs, self.requests, strict=True)]
         self.steps = [self.train.step_count(len(held)) for held in self.examples]
         self.streams = [
-            batches(len(held), self.train, job.seed, job.client, job.round)
+            steps_of(len(held), self.train, job.seed, job.client, job.round)
             for held, job in zip(self.examples, jobs, strict=True)
         ]
         self.stack = _stack([r.start for r in self.requests], learner)
@@ -147,9 +162,10 @@ class _Fit:
 
     def _step(self, step: int) -> None:
         """One optimiser step of every active client."""
+        taken = [next(self.streams[k]) for k in self.active]
         window = [
-            [[self.examples[k][i] for i in next(self.streams[k])] for k in self.active]
-            for _ in range(self.train.accumulate)
+            [[self.examples[k][i] for i in batch] for k, batch in zip(self.active, turn, strict=True)]
+            for turn in zip_longest(*taken, fillvalue=())
         ]
         grads, sums = self._gradients(window, step)
         grads = _clipped(grads, self.train.clip_norm)
@@ -237,7 +253,7 @@ def _clipped(grads: Tensors, limit: float | None) -> Tensors:
         return grads
     squares = torch.zeros(len(next(iter(grads.values()))), device=next(iter(grads.values())).device)
     for grad in grads.values():  # one after the other: the same order of additions at every width
-        squares = squares + grad.flatten(1).square().sum(1)
+        squares = squares + grad.reshape(len(grad), -1).square().sum(1)
     factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     return {name: grad * factor.view(-1, *([1] * (grad.dim() - 1))) for name, grad in grads.items()}
 

@@ -13,10 +13,13 @@ NAMES = {
     "loss": "held-out loss",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
+    "rouge_l": "ROUGE-L",
+    "token_f1": "token F1",
+    "last_number": "right final number",
 }
 """Metric names as people say them."""
 
-RATES = ("exact_match", "accuracy", "macro_f1", "entity_f1", "token_accuracy")
+RATES = ("exact_match", "accuracy", "macro_f1", "entity_f1", "token_accuracy", "rouge_l", "token_f1", "last_number")
 """Metrics between 0 and 1, written as percentages."""
 
 
@@ -53,9 +56,11 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
         against.append(f"{value_text(metric, found['local'])} when each trains alone")
     if found.get("base") is not None:
         against.append(f"{value_text(metric, found['base'])} without training")
-    first = f"Together the {len(table['clients'])} clients reach a {name} of {value_text(metric, federated)}"
+    article = "an" if name[0] in "aeiou" else "a"
+    first = f"Together the {len(table['clients'])} clients reach {article} {name} of {value_text(metric, federated)}"
     first += f", against {' and '.join(against)}." if against else "."
-    sent = f"{bytes_text(table['bytes']['up'])} went up and {bytes_text(table['bytes']['down'])} down in {table['rounds']} rounds"
+    up, down = bytes_text(table["bytes"]["up"]), bytes_text(table["bytes"]["down"])
+    sent = f"{up} went up and {down} down in {table['rounds']} rounds"
     central = found.get("central")
     if central is None:
         return [first, f"No document left its owner; {sent}."]

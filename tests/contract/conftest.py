@@ -20,7 +20,7 @@ from fedllm.run import Pooled
 from fedllm.tasks.learner import TransformerLearner
 from fedllm.tasks.settings import TaskSettings
 
-WORDS = "amber birch cedar delta ember fjord grove haven".split()
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven"]
 
 
 def clients() -> dict[str, dict[str, list[dict[str, str]]]]:
@@ -80,13 +80,13 @@ class Watched:
     def client_ids(self) -> Any:
         return self.engine.client_ids
 
-    async def ask(self, requests: Any, deadline: float | None, enough: int | None) -> Any:
+    async def ask(self, requests: Any, deadline: float | None) -> Any:
         def seen() -> Any:
             for request in requests:
                 self.requests.append(request)
                 yield request
 
-        async for reply in self.engine.ask(seen(), deadline, enough):
+        async for reply in self.engine.ask(seen(), deadline):
             changed: Reply = self.change(reply)
             self.replies.append(changed)
             yield changed

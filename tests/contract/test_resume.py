@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.conftest import clients, equal
 
 import fedllm
 from fedllm.engine.folder import RunFolder
 from fedllm.methods import methods
 from fedllm.run import Watch
+from tests.contract.conftest import clients, equal
 
 KEYS = sorted(set(methods()) - {"local", "central"})
 

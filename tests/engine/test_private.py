@@ -178,11 +178,6 @@ def test_clients_do_not_see_each_other(store: PrivateStore) -> None:
     assert entry(store, "a/../b") == {"note": "theirs"}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="A second turn before settle() starts from the settled entry, not the first turn's: a protocol that asks "
-    "a client twice between two checkpoints, or a round that collects more, loses the first turn's private changes.",
-)
 def test_two_turns_before_settling_build_on_each_other(store: PrivateStore) -> None:
     store.open("a")["note"] = 1
     second = store.open("a")

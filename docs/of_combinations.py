@@ -1,4 +1,4 @@
-"""Capability - which adapter works on which task and model family, found by trying each on a toy model.
+"""Of combinations - which method, task, adapter and model family go together; tried on toy models where it can be.
 
 A combination counts as working when one training step of it can be made: attach, prepare two rows, loss, backward.
 What is refused is an error of fedllm; anything else that goes wrong is shown as broken, never hidden.
@@ -7,10 +7,12 @@ What is refused is an error of fedllm; anything else that goes wrong is shown as
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from docs.markdown import LEGEND, NO, YES, cell, table
 from fedllm.core.errors import FedLLMError
 from fedllm.models.adapters.settings import AdapterKind, AdapterSettings
 from fedllm.models.toy import KINDS, toy_model
@@ -94,3 +96,51 @@ def _step(learner: Any, row: dict[str, Any]) -> None:
         learner.losses([examples]).sum().backward()
     if not any(tensor.grad is not None and bool(tensor.grad.any()) for tensor in params.values()):
         raise ValueError("no gradient arrived")
+
+
+def matrix_page(kinds: Mapping[str, Any]) -> str:
+    """Method by task and adapter, and adapter by task and model family."""
+    methods = [[f"[{key}](methods/{key}.md)", *_method_row(kind, TASKS, ADAPTERS)] for key, kind in kinds.items()]
+    tried = list(try_all())
+    notes: list[str] = []
+    rows = []
+    for task, family in dict.fromkeys((one.task, one.family) for one in tried):
+        found = [one for one in tried if (one.task, one.family) == (task, family)]
+        rows.append([task, family, *(_mark(one, notes) for one in found)])
+    return "\n\n".join([
+        "# What works with what",
+        "A combination that is not allowed is refused before anything is trained, with the reason and the nearest "
+        "choice. These tables are made by asking the code.",
+        "## Method by task and adapter",
+        table(("method", *TASKS, *ADAPTERS, "linear", "real sites"), methods),
+        f"{YES}: allowed; {NO}: refused. {LEGEND}",
+        "## Adapter by task and model family",
+        "Tried while this page was made: one training step of a tiny random model of each family. A number leads to "
+        "the reason below; *broken* is a fault of fedllm: the combination should work or be refused.",
+        table(("task", "family", *ADAPTERS), rows),
+        "\n".join(f"{number}. {cell(text)}" for number, text in enumerate(notes, 1)),
+        "The families stand for their kind of architecture: `llama`, `qwen`, `gpt2` are decoders, `bert` is an "
+        "encoder, `t5` is both. Of other models fedllm looks at the structure, not at the name.",
+    ])  # fmt: skip
+
+
+def _method_row(kind: Any, tasks: Sequence[str], adapters: Sequence[str]) -> list[str]:
+    from fedllm.cli.catalogue import is_linear
+
+    needs = getattr(kind, "adapters", ())
+    models = kind.card.models
+    cells = [YES if "any" in models or task in models else NO for task in tasks]
+    cells += [YES if not needs or adapter in needs else NO for adapter in adapters]
+    return [*cells, {True: YES, False: NO, None: ""}[is_linear(kind)], NO if kind.card.simulation_only else YES]
+
+
+def _mark(one: Any, notes: list[str]) -> str:
+    """yes, or the number of the reason."""
+    if one.verdict == "works":
+        return YES
+    reason = re.sub(r"toy:\w+( \(\w+\))?", "the model", one.reason)
+    reason = f"Broken, not refused: {reason}" if one.verdict == "broken" else reason[:1].upper() + reason[1:]
+    if reason not in notes:
+        notes.append(reason)
+    number = notes.index(reason) + 1
+    return f"{'broken' if one.verdict == 'broken' else NO} ({number})"
