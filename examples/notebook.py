@@ -21,7 +21,9 @@ class Careful(fedllm.Method):
 
 def rows(word: str) -> list[dict[str, str]]:
     """A few question-answer pairs of one hospital."""
-    return [{"instruction": f"Which ward is room {n} of {word}?", "response": f"{word}-{n // 10}"} for n in range(10, 50)]
+    return [
+        {"instruction": f"Which ward is room {n} of {word}?", "response": f"{word}-{n // 10}"} for n in range(10, 50)
+    ]
 
 
 clients = {name: {"train": rows(name)[:32], "eval": rows(name)[32:]} for name in ("north", "south", "west")}

@@ -85,8 +85,9 @@ def compare(
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
             meter = leg.server.meter
+            sent = {way: meter.total(way, "work") for way in ("up", "down")}
             spent = {"tokens": meter.tokens, "steps": meter.steps, "seconds": meter.seconds}
-            found[key].append({**leg.row(), "up": meter.total("up", "work"), "down": meter.total("down", "work"), **spent})
+            found[key].append({**leg.row(), **sent, **spent})
     table = {
         "name": settled.name,
         "metric": metric,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+STOPPING = "Stopping after this round; it is saved. Press Ctrl-C again to stop now."
 REFRESHES = 2
 """Drawings per second."""
 LINES = 10
@@ -89,7 +90,7 @@ class Live(Watch):
         self._drawing: Any = None
 
     def __enter__(self) -> Live:
-        if self.place.is_terminal and not self.silent:
+        if screen.interactive(self.place) and not self.silent:
             from rich.live import Live as Drawing
 
             self._drawing = Drawing(console=self.place, refresh_per_second=REFRESHES, get_renderable=self.draw)
@@ -98,15 +99,14 @@ class Live(Watch):
 
     def __exit__(self, *_: object) -> None:
         if self._drawing is not None:
-            self.ready = self.ready or bool(self.legs)
+            self._drawing.transient = not self.ready
             self._drawing.stop()
 
     def interrupted(self) -> None:
         """Stop after this round; safe in a signal handler: nothing is drawn or locked here."""
         self.stop = True
         if self._drawing is None:
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"Stopping after this round; it is saved. ")
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"Press Ctrl-C again to stop now.\n")
+            os.write(2, f"{STOPPING}\n".encode())
 
     # -- what the run tells -------------------------------------------------------------------------------------------
 
@@ -117,7 +117,8 @@ class Live(Watch):
         self.metric, self.folder, self.warnings = headline(ground), folder, [*ground.warnings, *self.warnings]
         clients, model = len(ground.federation.client_ids), ground.learner.loaded.name
         cohort = recipe.cohort_size(clients)
-        self.title = f"{recipe.name}: {recipe.method.get('name', 'fedavg')} over {clients} clients"
+        what = recipe.method.get("name", "fedavg") if self.expected is None else f"{self.expected} trainings"
+        self.title = f"{recipe.name}: {what} over {clients} clients"
         asked = "all" if cohort == clients else str(cohort)
         self.subtitle = f"{model} on {ground.learner.device}, {asked} per round, {ground.width.clients} in a pass"
         if self.expected is None:
@@ -210,7 +211,7 @@ class Live(Watch):
             parts.append(Text(f"! {len(self.warnings) - TROUBLES} earlier warnings", "yellow"))
         parts += [Text(f"! {text}", "yellow", overflow="ellipsis", no_wrap=True) for text in self.warnings[-TROUBLES:]]
         if self.stop and not self.finished:
-            parts.append(Text("Stopping after this round; it is saved. Press Ctrl-C again to stop now.", "bold yellow"))
+            parts.append(Text(STOPPING, "bold yellow"))
         return Group(*parts)
 
     def _table(self) -> Table:

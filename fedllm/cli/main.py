@@ -19,8 +19,8 @@ from fedllm.cli import catalogue, data, doctor, results, running, scaffold, scre
 
 CRASHED = 70
 """Exit code of an unexpected exception (EX_SOFTWARE of sysexits.h)."""
-PIPE_CLOSED = 141
-"""Exit code where the reader of a pipe went away: 128 + SIGPIPE, as the shell reports it of any other program."""
+PIPE_CLOSED = 1
+"""Exit code where the reader of a pipe went away, as typer has it."""
 _UsageError: Any = typer.BadParameter.__base__
 
 

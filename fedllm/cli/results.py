@@ -161,7 +161,7 @@ def show_answers(found: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     place = screen.console()
-    if not place.is_terminal:
+    if not screen.interactive(place):
         for name in ("prompt", "base", "federated", "expected"):
             if found[name] is not None:
                 screen.say(f"{name}: {str(found[name]).strip()}")

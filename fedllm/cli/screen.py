@@ -30,6 +30,11 @@ def console(errors: bool = False) -> Console:
     return Console(file=stream, width=wide, highlight=False)
 
 
+def interactive(place: Console) -> bool:
+    """Whether a person watches: lines may be drawn again. A coloured log file is no such place."""
+    return place.file.isatty() and not place.is_dumb_terminal
+
+
 def show(*renderables: RenderableType) -> None:
     """Print tables to stdout."""
     place = console()
@@ -55,7 +60,7 @@ def say(text: str = "", style: str | None = None, errors: bool = False) -> None:
 def tell(text: str, style: str | None = None, errors: bool = False) -> None:
     """Print sentences, broken between words where they are wider than a terminal."""
     place = console(errors)
-    place.print(text, style=style, markup=False, soft_wrap=not place.is_terminal)
+    place.print(text, style=style, markup=False, soft_wrap=not interactive(place))
 
 
 def emit(value: Any) -> None:
@@ -68,9 +73,9 @@ def fail(first: str, rest: Sequence[str] = ()) -> None:
     from rich.text import Text
 
     place = console(errors=True)
-    place.print(Text("Error: ", "bold red") + Text(first), soft_wrap=not place.is_terminal)
+    place.print(Text("Error: ", "bold red") + Text(first), soft_wrap=not interactive(place))
     for part in rest:
-        place.print(Text(f"  {part}"), soft_wrap=not place.is_terminal)
+        place.print(Text(f"  {part}"), soft_wrap=not interactive(place))
 
 
 def warn(texts: Sequence[str]) -> None:
@@ -92,7 +97,7 @@ def can_show(characters: str) -> bool:
 def loading(text: str) -> Iterator[None]:
     """A spinner on stderr while libraries are loaded; nothing where stderr is no terminal."""
     place = console(errors=True)
-    if not place.is_terminal:
+    if not interactive(place):
         yield
         return
     with place.status(f"{text} ...", refresh_per_second=4):

@@ -44,7 +44,7 @@ class Method(BaseModel):
     adapters: ClassVar[tuple[str, ...]] = ()
     """Adapter kinds it needs; empty where any will do."""
 
-    train: Train = Train()
+    train: Train = Train()  # pyright: ignore[reportCallIssue]
     """Local training (the recipe's section `train`)."""
     weighting: Weighting = "examples"
     """Weigh uploads by their examples or all alike."""
@@ -70,7 +70,7 @@ class Method(BaseModel):
         """Which clients are asked this round: `size` of them, uniformly, without replacement."""
         if size >= len(clients):
             return list(clients)
-        return sorted(clients[i] for i in rng.choice(len(clients), size=size, replace=False))
+        return sorted(str(clients[i]) for i in rng.choice(len(clients), size=size, replace=False))
 
     def distribute(self, state: State, client: str) -> Received:
         """What this client receives."""

@@ -143,7 +143,7 @@ class Server:
         op = function.__name__
         if not getattr(function, "__on_client__", False):
             raise ConfigError(f"'{op}' is not a client-side function.", action="Mark it with @on_client.")
-        pairs = payloads.items() if isinstance(payloads, Mapping) else payloads
+        pairs: Iterable[tuple[str, Received]] = payloads.items() if isinstance(payloads, Mapping) else payloads  # pyright: ignore[reportAssignmentType]
         replies, accepted = self.engine.ask(self._requests(op, pairs), deadline), 0
         async with aclosing(replies):
             async for reply in replies:

@@ -67,7 +67,7 @@ class Train(BaseModel):
     """Decoupled weight decay (AdamW) or L2 (SGD)."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest Euclidean norm of one client's gradient; null for none."""
-    schedule: Schedule = Schedule()
+    schedule: Schedule = Schedule()  # pyright: ignore[reportCallIssue]
     """How the rate changes over the run."""
 
     @model_validator(mode="after")

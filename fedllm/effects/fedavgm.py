@@ -1,4 +1,4 @@
-"""FedAvgM lowers the loss faster than FedAvg where cohorts are small and clients differ: digits, two classes a client."""
+"""FedAvgM lowers the loss faster than FedAvg where cohorts are small and clients differ: digits by class."""
 
 from fedllm.effects import Evidence
 from fedllm.effects.rig import small_cohorts

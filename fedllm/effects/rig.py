@@ -97,7 +97,7 @@ def skewed_digits(
     """scikit-learn's digits, softmax regression, each client holding a few classes.
 
     Returns:
-        the learner (650 numbers), rows by client, and a function from parameters to (accuracy, loss) on held-out digits.
+        the learner (650 numbers), rows by client, and a function: parameters -> held-out (accuracy, loss).
     """
     from sklearn.datasets import load_digits
 

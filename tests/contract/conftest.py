@@ -109,5 +109,6 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 def same_state(left: Any, right: Any) -> bool:
     """The same parameters, memory and numbers, to the bit."""
-    trees = left.memory.keys() == right.memory.keys() and all(equal(left.memory[n], right.memory[n]) for n in left.memory)
+    trees = left.memory.keys() == right.memory.keys()
+    trees = trees and all(equal(tree, right.memory[name]) for name, tree in left.memory.items())
     return trees and equal(left.params, right.params) and left.numbers == right.numbers

@@ -43,7 +43,8 @@ def recipe(key: str, folder: Path) -> dict[str, Any]:
 def test_resume_gives_the_same_bits(key: str, tmp_path: Path) -> None:
     whole = fedllm.run(recipe(key, tmp_path), data=clients(), folder=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fedllm.run(recipe(key, tmp_path), data=clients(), folder=tmp_path / "cut", watch=StopAfter("federated", 2, True))
+        stop = StopAfter("federated", 2, True)
+        fedllm.run(recipe(key, tmp_path), data=clients(), folder=tmp_path / "cut", watch=stop)
     with pytest.raises(KeyboardInterrupt):
         fedllm.resume(tmp_path / "cut", data=clients(), watch=StopAfter("local", 3, True))
     resumed = fedllm.resume(tmp_path / "cut", data=clients())
