@@ -62,7 +62,14 @@ def ran(
     """
     program, *given = shlex.split(command)
     tool = Path(sys.executable).with_name(program)
-    environment = {**os.environ, "COLUMNS": WIDTH, "NO_COLOR": "1", "TERM": "dumb", "PYTHONUTF8": "1"}
+    environment = {
+        **os.environ,
+        "COLUMNS": WIDTH,
+        "NO_COLOR": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TERM": "dumb",
+        "PYTHONUTF8": "1",
+    }
     found = subprocess.run(
         [str(tool), *given, *extra],
         cwd=folder,
@@ -84,13 +91,13 @@ def clean(text: str) -> str:
     return "\n".join(_CONTROL.sub("", line).rstrip() for line in lines).strip("\n")
 
 
-def made_by(capture: Capture, name: str, device: str = "") -> str:
+def made_by(commands: Sequence[str], name: str, device: str = "") -> str:
     """The line that says how an output was made."""
-    commands = " and ".join(f"`{command}`" for command in capture.commands)
+    typed = " and ".join(f"`{command}`" for command in commands)
     versions = ", ".join(f"{one} {version(one)}" for one in VERSIONS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = f"{platform.system()} {platform.machine()}, {cores} CPU cores" + (f", {device}" if device else "")
-    made = f"Made by {commands} with {versions}, Python {platform.python_version()}; {machine}."
+    made = f"Made by {typed} with {versions}, Python {platform.python_version()}; {machine}."
     return f"*{made} To make it again: `python -m docs.capture {name}`.*"
 
 
@@ -139,8 +146,8 @@ def quickstart(capture: Capture, folder: Path) -> dict[str, str]:
     asked = terminal(second, ran(second, folder))
     device = device_of(folder / "runs" / "quickstart")
     return {
-        "quickstart.md": page(shown, made_by(capture, "quickstart", device)),
-        "chat.md": page(asked, made_by(capture, "quickstart", device)),
+        "quickstart.md": page(shown, made_by([first], "quickstart", device)),
+        "chat.md": page(asked, made_by(capture.commands, "quickstart", device)),
     }
 
 
@@ -148,7 +155,7 @@ def printed(capture: Capture, folder: Path) -> dict[str, str]:
     """One command as a terminal shows it."""
     name = name_of(capture)
     (command,) = capture.commands
-    return {f"{name}.md": page(terminal(command, ran(command, folder)), made_by(capture, name))}
+    return {f"{name}.md": page(terminal(command, ran(command, folder)), made_by(capture.commands, name))}
 
 
 def random_start(capture: Capture, folder: Path) -> dict[str, str]:
@@ -166,7 +173,9 @@ def random_start(capture: Capture, folder: Path) -> dict[str, str]:
         lines.append([pair[0]["label"], *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return {
-        "random-start.md": page(table, made_by(capture, "random-start", device_of(Path(folder, found[0]["folder"]))))
+        "random-start.md": page(
+            table, made_by(capture.commands, "random-start", device_of(Path(folder, found[0]["folder"])))
+        )
     }
 
 
@@ -183,7 +192,11 @@ def recipe_run(capture: Capture, folder: Path) -> dict[str, str]:
     caption = f"{shown.caption}." if shown.caption else ""
     return {
         f"{name}.md": page(
-            markdown(shown), caption, " ".join(result["sentences"]), few, made_by(capture, name, device_of(run))
+            markdown(shown),
+            caption,
+            " ".join(result["sentences"]),
+            few,
+            made_by(capture.commands, name, device_of(run)),
         )
     }
 
@@ -196,7 +209,7 @@ def comparison(capture: Capture, folder: Path) -> dict[str, str]:
     table = json.loads((run / "compare.json").read_text(encoding="utf-8"))
     caption = f"{table['rounds']} rounds, seeds {', '.join(map(str, table['seeds']))}; mean ± standard deviation."
     text = (run / "compare.md").read_text(encoding="utf-8")
-    return {f"{name}.md": page(text, caption, made_by(capture, name, device_of(run)))}
+    return {f"{name}.md": page(text, caption, made_by(capture.commands, name, device_of(run)))}
 
 
 def verified(capture: Capture, folder: Path) -> dict[str, str]:
@@ -209,7 +222,7 @@ def verified(capture: Capture, folder: Path) -> dict[str, str]:
         cells = [one["key"], VERDICTS[one["passed"]], one["claim"], one["measured"], f"{one['seconds']:.1f}"]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return {"verify.json": text + "\n", "verify.md": page(table, made_by(capture, "verify"))}
+    return {"verify.json": text + "\n", "verify.md": page(table, made_by(capture.commands, "verify"))}
 
 
 VERDICTS = {True: "shown", False: "**not shown**", None: "measured, not asserted"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from docs.markdown import LEGEND, NO, YES, cell, table
+from docs.tables import LEGEND, NO, YES, cell, table
 from fedllm.core.errors import FedLLMError
 from fedllm.models.adapters.settings import AdapterKind, AdapterSettings
 from fedllm.models.toy import KINDS, toy_model
@@ -108,6 +108,7 @@ def matrix_page(kinds: Mapping[str, Any]) -> str:
         found = [one for one in tried if (one.task, one.family) == (task, family)]
         rows.append([task, family, *(_mark(one, notes) for one in found)])
     return "\n\n".join([
+        "---\nhide: [toc]\n---",
         "# What works with what",
         "A combination that is not allowed is refused before anything is trained, with the reason and the nearest "
         "choice. These tables are made by asking the code.",

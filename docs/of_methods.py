@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from docs.capture import CAPTURES, VERDICTS
-from docs.markdown import LEGEND, NO, YES, code, paragraphs, table
 from docs.markers import slug
+from docs.tables import LEGEND, NO, YES, code, paragraphs, table
 
 SLOTS = ("trainable", "init", "cohort", "distribute", "work", "reducer", "expected", "finalize", "evaluate")
 """What a method may override, in the order of a round."""

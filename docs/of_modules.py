@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from docs.markdown import code, table
 from docs.markers import ROOT
+from docs.tables import code, table
 
 HIDDEN = ("fedllm.cli", "fedllm.methods.", "fedllm.effects.")
 """What is left out: commands and methods have pages of their own, and a check is one function."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from docs.markdown import code, table
+from docs.tables import code, table
 
 
 def options_page() -> str:
@@ -90,11 +90,16 @@ def _exit_codes() -> list[list[str]]:
     from fedllm.cli.running import INTERRUPTED
     from fedllm.core import errors
 
-    meanings = {0: ["It worked."], 1: ["A check failed: `verify`, `doctor`."], INTERRUPTED: ["Stopped by Ctrl-C."]}
-    meanings |= {
-        CRASHED: ["An unexpected exception; `--debug` shows it."],
-        PIPE_CLOSED: ["The reader of a pipe went away."],
-    }
+    meanings: dict[int, list[str]] = {}
+    own = [
+        (0, "It worked."),
+        (1, "A check failed: `verify`, `doctor`."),
+        (PIPE_CLOSED, "The reader of a pipe went away."),
+        (CRASHED, "An unexpected exception; `--debug` shows it."),
+        (INTERRUPTED, "Stopped by Ctrl-C."),
+    ]
+    for number, text in own:
+        meanings.setdefault(number, []).append(text)
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, errors.FedLLMError) and kind is not errors.FedLLMError:
             meanings.setdefault(kind.exit_code, []).append(f"`{kind.__name__}`: {(kind.__doc__ or '').splitlines()[0]}")

@@ -48,6 +48,7 @@ def compare(
     data: Data | None = None,
     folder: str | Path | None = None,
     watch: Watch | None = None,
+    debug: bool = False,
 ) -> Comparison:
     """Run each method with each seed.
 
@@ -59,6 +60,7 @@ def compare(
         data: data in memory.
         folder: where results are kept; an interrupted comparison in it is continued.
         watch: is told what happens.
+        debug: let an exception inside a client's code through.
     """
     settled, watch = load_recipe(recipe, overrides), watch or Watch()
     if not methods or seeds < 1:
@@ -81,7 +83,7 @@ def compare(
             if key == "base":
                 found[key].append({**base_row(ground), "up": 0, "down": 0, "tokens": 0, "steps": 0, "seconds": 0.0})
                 continue
-            leg = Leg(name, method_of(seeded, key), ground, place, watch)
+            leg = Leg(name, method_of(seeded, key), ground, place, watch, debug)
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
             meter = leg.server.meter

@@ -245,7 +245,8 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     from fedllm.models.adapters.export import save_adapter
 
     save_adapter(folder.path / "adapter", ground.learner.adapted, {**legs[0].frozen, **state.params})
-    rows = ([base_row(ground)] if "base" in recipe.evaluation.against else []) + [leg.row() for leg in legs]
+    rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
+    rows += [leg.row() for leg in legs if leg.state.round]
     order = {"base": 0, "local": 1, "federated": 2, "central": 3}
     table = _table(ground, sorted(rows, key=lambda row: order.get(row["model"], 9)), legs, folder, begun, finished)
     folder.write_json("result.json", table)
@@ -293,7 +294,7 @@ class Leg:
             if self.watch.stop:
                 break
             await self._round(trackers)
-        if not self.counts:
+        if not self.counts and self.state.round:
             await self._measure()
         return self.state.round >= rounds
 

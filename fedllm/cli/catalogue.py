@@ -121,6 +121,7 @@ def explain(
     key: Annotated[
         str,
         typer.Argument(
+            metavar="KEY",
             help="A method, 'recipe', or a place in it such as recipe.train.",
             autocompletion=complete.explained,
             show_default=False,
@@ -262,7 +263,8 @@ def options_table(rows: list[dict[str, str]]) -> Table:
 
 def verify_claims(
     key: Annotated[
-        str | None, typer.Argument(help="A method.", autocompletion=complete.methods, show_default=False)
+        str | None,
+        typer.Argument(metavar="KEY", help="A method.", autocompletion=complete.methods, show_default=False),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every method that has a check.")] = False,
     as_json: Json = False,

@@ -19,9 +19,7 @@ BAR = 40
 BARS = 40
 """Clients drawn at most."""
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options, such as data.limit=100.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options, such as data.limit=100.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,7 +34,9 @@ def add_to(app: typer.Typer) -> None:
 def stats(
     source: Annotated[
         str,
-        typer.Argument(help="A recipe, or a data file.", autocompletion=complete.sources, show_default=False),
+        typer.Argument(
+            metavar="SOURCE", help="A recipe, or a data file.", autocompletion=complete.sources, show_default=False
+        ),
     ],
     overrides: Overrides = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw the clients' sizes into this file.")] = None,
@@ -103,7 +103,9 @@ def drawing(found: dict[str, Any]) -> str:
 
 
 def build(
-    file: Annotated[str, typer.Argument(help="A data file, a folder or a pattern with *.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A data file, a folder or a pattern with *.", show_default=False)
+    ],
     by: Annotated[str, typer.Option(help="The column whose values are the groups.", show_default=False)],
     to: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
     shards: Annotated[int, typer.Option(min=1, help="Files to spread the groups over.")] = 8,
@@ -115,7 +117,8 @@ def build(
         from fedllm.data.groups import build as build_groups
         from fedllm.data.load import from_files
 
-        built = build_groups(from_files(file), by, to, shards, max_group_bytes)
+        rows: Any = from_files(file)
+        built = build_groups(rows, by, to, shards, max_group_bytes)
     if as_json:
         screen.emit({"folder": str(to), **vars(built)})
     else:
@@ -124,7 +127,9 @@ def build(
 
 
 def stream(
-    folder: Annotated[Path, typer.Argument(help="Written by 'fedllm data build'.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Written by 'fedllm data build'.", show_default=False)
+    ],
     seed: Annotated[
         int | None, typer.Option(help="Decides the order; the order on disk where it is not given.")
     ] = None,

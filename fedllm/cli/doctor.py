@@ -67,6 +67,7 @@ class Trial:
         measure: seconds to measure one client.
         up, down: bytes of one client in one round.
         failed: why the trial round failed; None where it did not.
+        trouble: what happened to single clients.
     """
 
     clients: int
@@ -76,6 +77,7 @@ class Trial:
     up: int
     down: int
     failed: str | None = None
+    trouble: tuple[str, ...] = ()
 
 
 def add_to(app: typer.Typer) -> None:
@@ -85,7 +87,10 @@ def add_to(app: typer.Typer) -> None:
 
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe to judge.", autocompletion=complete.recipes, show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe to judge.", autocompletion=complete.recipes, show_default=False
+        ),
     ] = None,
     overrides: Overrides = None,
     trial: Annotated[bool, typer.Option(help="Load the model and play three short rounds.")] = True,
@@ -295,8 +300,10 @@ def _needs(recipe: Recipe) -> Iterator[Finding]:
     yield _memory(recipe, ground, free)
     tried = asyncio.run(try_rounds(ground))
     if tried.failed:
-        yield Finding("trial", "problem", f"A trial round failed: {tried.failed}.", "Run it with --debug to see where.")
+        yield Finding("trial", "problem", f"A trial round failed: {tried.failed}.", "Run the recipe with --debug.")
         return
+    for reason in tried.trouble:
+        yield Finding("trial", "note", reason)
     cohort = recipe.cohort_size(len(ground.federation.client_ids))
     up, down = tried.up * cohort, tried.down * cohort
     text = f"{bytes_text(up)} up and {bytes_text(down)} down per round"
@@ -345,22 +352,21 @@ async def try_rounds(ground: Ground) -> Trial:
         short = method.model_copy(update={"train": method.train.model_copy(update={"steps": steps, "epochs": None})})
         leg = Leg("trial", short, ground, None, Watch())
         _, record = await play_round(short, leg.state, leg.server, size)
+        reasons = [one["reason"] for one in (*record.rejected, *record.lost)]
         if record.failed:
-            reasons = [one["reason"] for one in (*record.rejected, *record.lost)]
             return Trial(size, 0, 0, 0, 0, 0, reasons[0].rstrip(".") if reasons else record.failed)
         seconds.append(record.seconds)
         if len(seconds) == 1 and seconds[0] > SLOW:
             seconds = [seconds[0], seconds[0], 3 * seconds[0]]
             break
-    begun = leg.server.meter
-    up, down = begun.total("up") // max(1, size), begun.total("down") // max(1, size)
+    up, down = record.bytes_up // max(1, record.used), record.bytes_down // max(1, len(record.cohort))
     step = max(0.0, (seconds[2] - seconds[1]) / 2)
     measured = ground.measured[:size]
     began = asyncio.get_running_loop().time()
     if measured:
         await evaluate(leg.method, leg.state, leg.server, measured)
     measure = (asyncio.get_running_loop().time() - began) / max(1, len(measured))
-    return Trial(size, max(0.0, seconds[1] - step), step, measure, up, down)
+    return Trial(size, max(0.0, seconds[1] - step), step, measure, up, down, None, tuple(reasons))
 
 
 def expected_seconds(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any, legs: int) -> float:

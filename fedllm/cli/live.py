@@ -235,7 +235,7 @@ class Live(Watch):
     def _state(self, passed: str) -> RenderableType:
         from rich.text import Text
 
-        legs = [leg for leg in self.legs.values() if leg.started is not None]
+        legs = [leg for leg in list(self.legs.values()) if leg.started is not None]
         current = next((leg for leg in reversed(legs) if leg.losses), None)
         line = Text("", "dim", overflow="ellipsis", no_wrap=True)
         if self.finished:

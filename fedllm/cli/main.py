@@ -90,7 +90,7 @@ def _near_option(fault: Any, option: str) -> str | None:
     return found[0] if found else None
 
 
-def show_fault(fault: Exception, debug: bool = False) -> int:
+def show_fault(fault: Any, debug: bool = False) -> int:
     """Print what went wrong in a few lines; returns the exit code."""
     errors = sys.modules.get("fedllm.core.errors")
     if errors is not None and isinstance(fault, errors.FedLLMError):

@@ -24,7 +24,11 @@ INTERRUPTED = 130
 """Exit code of a run that was stopped: 128 + SIGINT."""
 DEFAULT = "quickstart"
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options laid over the recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options laid over the recipe.")]
+Recipes = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A file, or the name of a bundled recipe.", autocompletion=complete.recipes),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 RunFolderArgument = Annotated[
@@ -42,9 +46,7 @@ def add_to(app: typer.Typer) -> None:
 
 def run_recipe(
     context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(help="A file, or the name of a bundled recipe.", autocompletion=complete.recipes)
-    ] = DEFAULT,
+    recipe: Recipes = DEFAULT,
     overrides: Overrides = None,
     folder: Annotated[Path | None, typer.Option(help="The run's folder; by default a new one under runs/.")] = None,
     as_json: Json = False,
@@ -79,9 +81,8 @@ def resume_run(
 
 
 def compare_methods(
-    recipe: Annotated[
-        str, typer.Argument(help="A file, or the name of a bundled recipe.", autocompletion=complete.recipes)
-    ] = DEFAULT,
+    context: typer.Context,
+    recipe: Recipes = DEFAULT,
     overrides: Overrides = None,
     methods: Annotated[
         str | None,
@@ -111,7 +112,7 @@ def compare_methods(
     keys = list(dict.fromkeys(key.strip() for key in wanted if key.strip()))
     watch = watcher(seeds * sum(key != "base" for key in keys), as_json, quiet)
     with interruptible(watch, lambda: f"Go on with the same command and: --folder {watch.folder}"), watch:
-        comparison = compare(recipe, keys, seeds, given, folder=folder, watch=watch)
+        comparison = compare(recipe, keys, seeds, given, folder=folder, watch=watch, debug=context.obj)
         watch.finished = True
     if as_json:
         screen.emit(comparison.table)

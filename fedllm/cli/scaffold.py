@@ -43,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def new_method(
-    key: Annotated[str, typer.Argument(help="Its key, in lower case with dashes.", show_default=False)],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Its key, in lower case with dashes.", show_default=False)],
     topic: Annotated[
         str, typer.Option(help="Its folder in the survey's map.", autocompletion=complete.topics)
     ] = DEFAULT_TOPIC,

@@ -43,12 +43,8 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June",
     "July", "August", "September", "October", "November", "December",
 )  # fmt: skip
-URGENCY = {
-    "urgent": ("urgently", "as an urgent case", "at once"),
-    "normal": ("in normal order", "as a normal case", "as usual"),
-    "low": ("with low priority", "as a low case", "when it is quiet"),
-}
-"""Phrases for each urgency code; the same at every organisation."""
+URGENCY = ("urgent", "normal", "low")
+FLAGS = ("yes", "no")
 _FIRST_DAY = datetime.date(2019, 1, 1)
 _DAYS = 365 * 8
 _SURNAMES = (
@@ -110,13 +106,15 @@ def _code(*prefixes: str) -> Slot:
 
 
 def _urgency(rng: random.Random) -> tuple[str, str]:
-    code = rng.choice(sorted(URGENCY))
-    return rng.choice(URGENCY[code]), code
+    """A word of urgency; in capitals or not in the document, lower case in the answer."""
+    value = rng.choice(URGENCY)
+    return rng.choice([value, value.capitalize()]), value
 
 
-def _flag(yes: tuple[str, ...], no: tuple[str, ...]) -> Slot:
-    """A statement in the organisation's own words which means yes or no."""
-    return lambda rng: (rng.choice(yes), "yes") if rng.random() < 0.5 else (rng.choice(no), "no")
+def _flag(rng: random.Random) -> tuple[str, str]:
+    """A yes or no; capital or not in the document, lower case in the answer."""
+    value = rng.choice(FLAGS)
+    return rng.choice([value, value.capitalize()]), value
 
 
 _FORMS = (
@@ -129,7 +127,7 @@ _FORMS = (
                 _quantity(5, 900, "mg", "milligrams"),
                 ("Prescribed {} daily.", "The tablets were set to {}.", "Continue with {} at night."),
             ),
-            "urgency": (_urgency, ("Follow-up {}.", "To be examined again {}.", "Refer to the ward {}.")),
+            "urgency": (_urgency, ("Need for a check-up: {}.", "Case is {}.", "Referred as {}.")),
         },
         (
             "Dr. {name} on duty.", "Pulse {number}, no fever.", "Lives in {place} with family.",
@@ -142,16 +140,10 @@ _FORMS = (
         {
             "due": (_date, ("Payable by {}.", "Our terms ask for payment until {}.", "Due date: {}.")),
             "amount": (_amount, ("Total of this bill: {}.", "We charge {} in all.", "The goods come to {}.")),
-            "paid": (
-                _flag(
-                    ("The bill has been paid.", "Your payment has arrived."),
-                    ("The bill has not been paid.", "Your payment has not arrived."),
-                ),
-                ("{}",),
-            ),
+            "paid": (_flag, ("Paid so far: {}.", "Settled in full: {}.", "Payment received? {}.")),
         },
         (
-            "Invoice no. {number}.", "Contact in our office: {name}.", "Goods sent from {place}.",
+            "Invoice {number}.", "Contact in our office: {name}.", "Goods sent from {place}.",
             "Pallets remain our property.", "Thank you for the order.",
         ),
     ),
@@ -164,7 +156,7 @@ _FORMS = (
                 _code("PRN", "LAP", "MON"),
                 ("The fault is on {}.", "Machine {} does not respond.", "Screen of {} stays dark."),
             ),
-            "priority": (_urgency, ("User wants a fix {}.", "To be handled {}.", "Please send someone {}.")),
+            "priority": (_urgency, ("Rated {} by the desk.", "Wish of the user: {}.", "Queue: {}.")),
         },
         (
             "Caller: {name}.", "Desk {number}, second floor.", "Site: {place}.",
@@ -177,7 +169,7 @@ _FORMS = (
         {
             "since": (_date, ("[{}] check failed", "first seen {}", "state changed at {}")),
             "host": (_code("srv", "node", "db"), ("source {}", "host {} unreachable", "reply from {} missing")),
-            "level": (_urgency, ("operator must act {}", "repair {}", "replace disk {}")),
+            "level": (_urgency, ("alarm {}", "severity={}", "class {}")),
         },
         ("rack {number}", "zone {place}", "admin {name}", "fan speed ok", "retry limit reached"),
         " | ",
@@ -198,13 +190,7 @@ _FORMS = (
                 _quantity(10, 180, "days", "calendar days"),
                 ("Either party may terminate upon {} in writing.", "Termination requires {} beforehand."),
             ),
-            "renewal": (
-                _flag(
-                    ("It shall be renewed.", "The term shall be extended."),
-                    ("It shall not be renewed.", "The term shall not be extended."),
-                ),
-                ("{}",),
-            ),
+            "renewal": (_flag, ("Extension of the term: {}.", "Prolongation: {}.", "Shall it be renewed? {}.")),
         },
         (
             "Signed in {place}.", "Clause {number} remains unaffected.", "Counsel: {name}.",
@@ -220,13 +206,7 @@ _FORMS = (
                 _quantity(2, 950, "kg", "kilograms"),
                 ("The crate weighs {}.", "Gross load {}.", "On the scale: {}."),
             ),
-            "fragile": (
-                _flag(
-                    ("The goods can break.", "The box is delicate."),
-                    ("The goods can not break.", "The box is not delicate."),
-                ),
-                ("{}",),
-            ),
+            "fragile": (_flag, ("Breakable goods: {}.", "Glass inside: {}.", "Handle with care? {}.")),
         },
         (
             "Driver {name}.", "Route via {place}.", "Box {number} of the lot.",
@@ -239,13 +219,7 @@ _FORMS = (
         {
             "loss": (_date, ("The damage happened on {}.", "The accident took place on {}.", "Event of {}.")),
             "sum": (_amount, ("The holder asks for {}.", "Repair is estimated at {}.", "Claimed: {}.")),
-            "police": (
-                _flag(
-                    ("Officers were called.", "The station was informed."),
-                    ("Officers were not called.", "The station was not informed."),
-                ),
-                ("{}",),
-            ),
+            "police": (_flag, ("Officers called: {}.", "Report at the station: {}.", "Was the police there? {}.")),
         },
         (
             "Policy holder {name}.", "File {number}.", "It occurred near {place}.",
@@ -258,13 +232,7 @@ _FORMS = (
         {
             "start": (_date, ("I could begin on {}.", "I am available from {}.", "My first day could be {}.")),
             "salary": (_amount, ("I hope to earn {} a month.", "My expectation is {}.", "I would ask for {}.")),
-            "relocate": (
-                _flag(
-                    ("I can move house.", "I do want a new town."),
-                    ("I can not move house.", "I do not want a new town."),
-                ),
-                ("{}",),
-            ),
+            "relocate": (_flag, ("Willing to move: {}.", "A new town is fine: {}.", "Can I change my home? {}.")),
         },
         (
             "My name is {name}.", "I now work in {place}.", "I led a team of {number}.",

@@ -64,8 +64,10 @@ class LocalWorker:
         for request in requests:
             try:
                 turns.append(self._turn(request))
-            except Exception as fault:
-                yield self._reply(request.id, request.client, fault, {})
+            except Exception as fault:  # before its private entry was opened: there is nothing to drop
+                if self.debug:
+                    raise
+                yield Reply(request.id, request.client, None, _reason(fault))
         for turn, outcome in drive(turns, self.learner):
             yield self._reply(turn.id, turn.client, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
 
@@ -185,7 +187,8 @@ class LocalEngine:
                 replies = list(self.worker.answer(chunk))
             for request, reply in zip(chunk, _in_order(chunk, replies), strict=True):
                 if _late(begun, deadline):
-                    self.worker.private.drop(request.client)
+                    if reply.body is not None:
+                        self.worker.private.drop(request.client)
                     yield _missed(request, deadline)
                     continue
                 yield reply

@@ -38,7 +38,9 @@ class PrivateStore:
     def open(self, client: str) -> PrivateView:
         """A staged copy of one client's entry; a second turn before :meth:`settle` goes on from the first."""
         before = self._staged.get(client)
-        view = PrivateView(self._load(client) if before is None else dict(before.entry), self.declared, client, before)
+        if before is not None:
+            before.before = None  # only the last turn can be dropped: no chain of copies is kept
+        view = PrivateView(self._load(client) if before is None else before.copied(), self.declared, client, before)
         self._staged[client] = view
         return view
 
@@ -132,6 +134,18 @@ def _is_tensors(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
+def _copied(name: str, value: Any) -> Any:
+    """A copy that later changes of `value` do not reach; raises :class:`ConfigError` where it cannot be stored."""
+    if _is_tensors(value):
+        return {n: t.detach().cpu().clone() for n, t in value.items()}
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(
+            f"'{name}' cannot be stored: {fault}.", "Allowed: a dict of tensors by name, or a JSON value."
+        ) from fault
+
+
 class PrivateView(MutableMapping[str, "Tensors | Json"]):
     """One client's entry during its turn; only declared names are accepted."""
 
@@ -145,18 +159,11 @@ class PrivateView(MutableMapping[str, "Tensors | Json"]):
 
     def __setitem__(self, name: str, value: Tensors | Json) -> None:
         self._known(name)
-        self.entry[name], self.changed = self._copied(name, value), True
+        self.entry[name], self.changed = _copied(name, value), True
 
-    def _copied(self, name: str, value: Any) -> Any:
-        """A copy that later changes of `value` do not reach."""
-        if _is_tensors(value):
-            return {n: t.detach().cpu().clone() for n, t in value.items()}
-        try:
-            return json.loads(json.dumps(value))
-        except (TypeError, ValueError) as fault:
-            raise ConfigError(
-                f"'{name}' cannot be stored: {fault}.", "Allowed: a dict of tensors by name, or a JSON value."
-            ) from fault
+    def copied(self) -> Entry:
+        """The entry, sharing nothing with this view."""
+        return {name: _copied(name, value) for name, value in self.entry.items()}
 
     def __delitem__(self, name: str) -> None:
         del self.entry[name]

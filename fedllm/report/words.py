@@ -45,6 +45,8 @@ def sentences(table: Mapping[str, Any]) -> list[str]:
     """Two sentences: what the federation reached against base and local, and against pooled data and at what cost."""
     metric, name = table["metric"], NAMES.get(table["metric"], table["metric"])
     found = {row["model"]: row["pooled"].get(metric) for row in table["rows"]}
+    if not table.get("finished", True):
+        return [f"The run was stopped after round {table['rounds']}; nothing is compared yet."]
     federated = found.get("federated")
     if federated is None:
         return [

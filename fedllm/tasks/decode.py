@@ -28,6 +28,9 @@ def continue_prompts(
         max_tokens: most new tokens.
         temperature: 0 is greedy; above it, sampling from the softmax at that temperature.
         seeds: one per client.
+
+    Raises:
+        ModelError: the model writes no text, or does not read as many tokens as prompt and continuation have.
     """
     rows = max((len(group) for group in prompts), default=0)
     if rows == 0:
@@ -40,6 +43,7 @@ def continue_prompts(
     if adapted.loaded.kind == "causal-lm":
         encoded = [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
         encoded = [ids or [_first_token(tokenizer)] for ids in encoded]
+    _check_length(adapted, max(len(ids) for ids in encoded), max_tokens)
     picker = _Picker(temperature, [torch_stream(seed, "prompt", row) for seed in seeds for row in range(rows)])
     with torch.no_grad():
         loop = _encoder_decoder if is_encoder_decoder(adapted.model) else _decoder
@@ -47,6 +51,37 @@ def continue_prompts(
     ends = _ends(adapted)
     texts = [tokenizer.decode(_until_end(ids, ends), skip_special_tokens=True) for ids in written]
     return [texts[k * rows : k * rows + len(group)] for k, group in enumerate(prompts)]
+
+
+def context(adapted: Adapted) -> int | None:
+    """The most real tokens that the model reads at once; None where its positions have no end.
+
+    Raises:
+        ModelError: the adapter's virtual tokens leave no room for a text.
+    """
+    loaded, settings = adapted.loaded, adapted.settings
+    limit = getattr(adapted.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    if loaded.kind not in ("causal-lm", "seq2seq"):  # some encoders (RoBERTa) keep positions for themselves
+        limit = min(limit, loaded.tokenizer.model_max_length)  # type: ignore[union-attr]
+    virtual = settings.tokens if settings.kind in ("prompt", "prefix") else 0
+    if limit <= virtual:
+        raise ModelError(
+            f"adapter.tokens={virtual} leaves no room for a text.", f"{loaded.name} reads {limit} tokens at most."
+        )
+    return int(limit - virtual)
+
+
+def _check_length(adapted: Adapted, longest: int, max_tokens: int) -> None:
+    limit = context(adapted)
+    needed = max(longest, max_tokens) if is_encoder_decoder(adapted.model) else longest + max_tokens
+    if limit is not None and needed > limit:
+        raise ModelError(
+            f"The longest prompt has {longest} tokens, and {max_tokens} more are asked for.",
+            f"{adapted.loaded.name} reads {limit} tokens at most.",
+            action="Shorten the prompt or lower max_tokens.",
+        )
 
 
 def _has_start(tokenizer: Any, text: str) -> bool:

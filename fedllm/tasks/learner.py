@@ -16,7 +16,7 @@ from fedllm.models.adapters.attach import Adapted
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
 from fedllm.models.structure import is_encoder_decoder
-from fedllm.tasks.decode import continue_prompts
+from fedllm.tasks.decode import context, continue_prompts
 from fedllm.tasks.settings import TaskSettings
 from fedllm.tasks.task import IGNORE, TASKS
 
@@ -66,10 +66,10 @@ class TransformerLearner:
     ) -> None:
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
         self.adapted = Adapted(loaded, adapter, seed)
-        self.task = TASKS[task.kind](task, loaded.tokenizer, labels)
+        self.notes = list(loaded.notes)
+        self.task = TASKS[task.kind](self._fitting(task), loaded.tokenizer, labels)
         self.score_names = self.task.score_names
         self.width_limit = self.adapted.width_limit
-        self.notes = list(loaded.notes)
         self._both_ways = is_encoder_decoder(loaded.model)
         self._select = _Selection()
         self._selective = self.task.per_token and self._install_selection()
@@ -139,6 +139,17 @@ class TransformerLearner:
         mask = encoded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         return list(torch.split(vectors, [len(group) for group in texts]))
+
+    def _fitting(self, task: TaskSettings) -> TaskSettings:
+        """`task` with texts no longer than the model reads, and a note where that changes it."""
+        limit = context(self.adapted)
+        if limit is None or task.max_length <= limit:
+            return task
+        self.notes.append(
+            f"Texts are cut at {limit} tokens, the most that {self.loaded.name} reads with this adapter, and not at "
+            f"task.max_length={task.max_length}."
+        )
+        return task.model_copy(update={"max_length": limit})
 
     # -- batches ------------------------------------------------------------------------------------------------------
 

@@ -62,10 +62,10 @@ def test_every_answer_can_be_read_from_the_text(key):
             if name in DATE_FIELDS:
                 assert written_days(words) == [value]
             elif name in URGENCY_FIELDS:
-                phrases = {code for code, many in URGENCY.items() for phrase in many if phrase in words}
-                assert phrases == {value}
+                assert [word for word in re.findall(r"\w+", words.lower()) if word in URGENCY] == [value]
             elif name in FLAG_FIELDS:
-                assert value in {"yes", "no"}
+                assert re.findall(r"\b(?:[Yy]es|[Nn]o)\b", words)[0].lower() == value
+                assert len(re.findall(r"\b(?:yes|no)\b", words.lower())) == 1
                 seen.add(value)
             elif match := re.fullmatch(r"(\d+)\.00 (EUR|USD|GBP)", value):
                 word = {"EUR": "euros", "USD": "dollars", "GBP": "pounds"}[match[2]]
@@ -74,22 +74,6 @@ def test_every_answer_can_be_read_from_the_text(key):
                 number = value.split(" ")[0]
                 assert re.search(rf"(?<![\w-]){re.escape(number)}\b", words)
     assert seen in (set(), {"yes", "no"})
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_flag_sentence_means_one_thing_only(key):
-    """The same sentences never stand beside both answers: the flag is decided by the text."""
-    sides: dict[str, set[str]] = {}
-    for record in documents(key, 400, seed=6):
-        for name, value in fields(record).items():
-            if name in FLAG_FIELDS:
-                for sentence in re.split(r"(?<=\.) ", text(record)):
-                    sides.setdefault(sentence, set()).add(value)
-    deciding = {"yes": 0, "no": 0}
-    for values in sides.values():
-        if len(values) == 1:
-            deciding[next(iter(values))] += 1
-    assert not sides or min(deciding.values()) >= 2
 
 
 def test_the_documents_are_short():

@@ -186,6 +186,30 @@ def test_two_turns_before_settling_build_on_each_other(store: PrivateStore) -> N
     assert set(entry(store, "a")) == {"note", "params"}
 
 
+def test_dropping_a_second_turn_goes_back_to_the_first(store: PrivateStore) -> None:
+    """Also where the second changed a tensor in place."""
+    store.open("a")["control"] = {"w": torch.ones(2)}
+    second = store.open("a")
+    second["control"]["w"].add_(5)  # type: ignore[index,union-attr]
+    second["note"] = 2
+    store.drop("a")
+    store.settle(["a"])
+    assert set(entry(store, "a")) == {"control"}
+    assert entry(store, "a")["control"]["w"].tolist() == [1.0, 1.0]
+
+
+def test_many_turns_before_settling_keep_one_copy_to_go_back_to(store: PrivateStore) -> None:
+    views = []
+    for number in range(20):
+        view = store.open("a")
+        view["note"] = number
+        views.append(view)
+    assert sum(view.before is not None for view in views) == 1
+    store.drop("a")
+    store.settle(["a"])
+    assert entry(store, "a")["note"] == 18
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

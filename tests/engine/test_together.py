@@ -16,7 +16,7 @@ from fedllm.core.errors import ModelError, RoundFailed
 from fedllm.core.tensors import Tensors, squared_distance
 from fedllm.core.train import Schedule, Train
 from fedllm.core.work import Embed, Example, Fit, FitReport, Generate, Gradient, Score
-from fedllm.engine.together import SCORE_ROWS, Job, alike, batches, run_together
+from fedllm.engine.together import GRADIENT_ROWS, Job, alike, run_together, steps_of
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
 from fedllm.tasks.function import FunctionLearner
@@ -270,8 +270,7 @@ def test_tensors_that_the_method_does_not_move_stay_at_their_values():
 
 def peft_loop(learner: TransformerLearner, train: Train, order: list[list[int]], texts: list[Example]) -> Tensors:
     """Plain PyTorch: PEFT's LoRA with the same first values, Hugging Face's own loss, torch's own optimiser."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     family = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}[learner.loaded.family]
     base = toy_model(learner.loaded.family).model
     config = peft.LoraConfig(
@@ -316,8 +315,8 @@ def test_fit_equals_a_plain_loop_over_peft(family: str, train: Train):
     held = [examples(learner, k, 5) for k in range(2)]
     reports = run_together(learner, [job(Fit(learner.initial(), train), f"c{k}", held[k]) for k in range(2)])
     for k, report in enumerate(reports):
-        stream = batches(5, train, 7, f"c{k}", 1)
-        expected = peft_loop(learner, train, [next(stream) for _ in range(6)], held[k])
+        stream = steps_of(5, train, 7, f"c{k}", 1)
+        expected = peft_loop(learner, train, [next(stream)[0] for _ in range(6)], held[k])
         assert difference(report.params, expected) < 1e-5
         assert difference(report.params, learner.initial()) > 1e-2
 
@@ -383,6 +382,17 @@ def test_a_penalty_is_added_once_a_step_whatever_the_accumulation():
         x = torch.tensor([1.0, 2.0, 3.0])
         first = 1.0 - 0.5 * x
         assert torch.allclose(report.params["w"], first - 0.5 * (x + (first - 1.0)))
+
+
+def test_rules_keep_to_their_clients_when_others_leave():
+    learner = FunctionLearner(line, trees(0.0))
+    train = Train(epochs=2, batch_size=1, lr=0.5, optimizer="sgd", clip_norm=None)
+    jobs = []
+    for k, count in enumerate((1, 3, 2)):
+        held, goal = learner.prepare([{"x": [float(k)] * 3}] * count), trees(float(10 * k))
+        jobs.append(job(Fit(trees(0.1 * k), train, penalty=pulled, given={"goal": goal}), f"c{k}", held))
+    for one, shared in alone_and_together(learner, jobs):
+        assert difference(one.params, shared.params) == 0.0
 
 
 def test_a_penalty_sees_its_own_client_only():
@@ -451,7 +461,7 @@ def test_dropout_is_drawn_per_client_and_the_same_in_every_company():
     jobs = [job(Fit(start, GENTLE), f"c{k}", examples(learner, k, 6 - k)) for k in range(3)]
     for one, shared in alone_and_together(learner, jobs):
         assert difference(one.params, shared.params) < 2e-6
-    same_data = [job(Fit(start, GENTLE), f"c{k}", examples(learner, 0, 2)) for k in range(2)]
+    same_data = [job(Fit(start, GENTLE), f"c{k}", examples(learner, 0, 1)) for k in range(2)]
     (left, right), (again, _) = run_together(learner, same_data), run_together(learner, same_data)
     assert difference(left.params, again.params) == 0.0
     assert difference(left.params, right.params) > 1e-4
@@ -465,7 +475,7 @@ def test_dropout_differs_between_the_passes_of_one_step():
     params = learner.initial()
     params = {n: t if n.endswith("lora_A") else torch.full_like(t, 0.05) for n, t in params.items()}
     once, twice = (
-        run_together(learner, [job(Fit(params, steady(1, accumulate=count)), "c0", held)])[0] for count in (1, 2)
+        run_together(learner, [job(Fit(params, steady(1, accumulate=2)), "c0", held * count)])[0] for count in (1, 2)
     )
     assert difference(once.delta, twice.delta) > 1e-4
 
@@ -509,17 +519,17 @@ def test_the_gradient_of_many_examples_is_that_of_their_mean_loss():
         return sum((params["w"] * x).sum() ** 2 for x in xs)
 
     learner = FunctionLearner(loss, {"w": torch.tensor([1.0, -2.0])})
-    count = 2 * SCORE_ROWS + 3
+    count = 5 * GRADIENT_ROWS + 3
     values = torch.arange(2.0 * count).view(count, 2) / count
     held = learner.prepare([{"x": row.tolist()} for row in values])
     w = torch.tensor([1.0, -2.0], requires_grad=True)
     total = ((values @ w) ** 2).sum()
     (total / count).backward()
-    jobs = [job(Gradient({"w": w.detach()}), f"c{k}", held[: count - 40 * k]) for k in range(2)]
+    jobs = [job(Gradient({"w": w.detach()}), f"c{k}", held[: count - 30 * k]) for k in range(2)]
     (gradient, (found, examples_)), other = run_together(learner, jobs)
     assert torch.allclose(gradient["w"], w.grad, rtol=1e-5)
     assert (found, examples_) == (pytest.approx(float(total.detach())), count)
-    assert other[1][1] == count - 40
+    assert other[1][1] == count - 30
 
 
 def test_sampling_is_seeded_by_client_and_independent_of_the_others():
@@ -563,21 +573,21 @@ def test_only_like_jobs_are_alike():
     assert len({key(request) for request in different}) == len(different)
 
 
-@given(count=st.integers(1, 20), size=st.integers(1, 7))
-def test_batches_pass_over_everything_again_and_again(count: int, size: int):
-    train = Train(batch_size=size)
-    stream, again = batches(count, train, 1, "c", 2), batches(count, train, 1, "c", 2)
+@given(count=st.integers(1, 20), size=st.integers(1, 7), accumulate=st.integers(1, 4))
+def test_every_pass_over_the_data_is_cut_into_batches_and_steps(count: int, size: int, accumulate: int):
+    train = Train(batch_size=size, accumulate=accumulate, epochs=1)
+    stream, again = steps_of(count, train, 1, "c", 2), steps_of(count, train, 1, "c", 2)
     for _ in range(3):
-        seen: list[int] = []
-        while len(seen) < count:
-            batch = next(stream)
-            assert batch == next(again) and 0 < len(batch) <= size
-            assert len(batch) == min(size, count - len(seen)), "only the last batch of a pass is short"
-            seen += batch
-        assert sorted(seen) == list(range(count))
+        steps = [next(stream) for _ in range(train.step_count(count))]
+        assert steps == [next(again) for _ in steps]
+        assert sorted(i for step in steps for batch in step for i in batch) == list(range(count))
+        assert all(len(step) == accumulate for step in steps[:-1])
+        cut = [batch for step in steps for batch in step]
+        assert all(len(batch) == size for batch in cut[:-1]) and 0 < len(cut[-1]) <= size
     if count > 8:
-        streams = [batches(count, Train(batch_size=count), *names) for names in ((1, "c", 1), (1, "d", 1), (1, "c", 2))]
-        assert len({tuple(next(each)) for each in streams}) == 3
+        names = ((1, "c", 1), (1, "d", 1), (1, "c", 2), (2, "c", 1))
+        streams = [steps_of(count, Train(batch_size=count), *each) for each in names]
+        assert len({tuple(next(each)[0]) for each in streams}) == 4
 
 
 def quadratic(params: Tensors, xs: Any) -> torch.Tensor:

@@ -55,7 +55,16 @@ def load(family: str, kind: str = "causal-lm", **options: Any) -> Loaded:
 def put(kind: str, family: str = "", task: str = "", **options: Any) -> Adapted:
     place = PLACES[kind]
     loaded = toy_model(family or place[0], kind=task or place[1])  # type: ignore[arg-type]
+    uneven(loaded)
     return Adapted(loaded, AdapterSettings(kind=kind, rank=4, tokens=3, width=5, **options), seed=3)  # type: ignore[arg-type]
+
+
+def uneven(loaded: Loaded) -> None:
+    """Move the biases of a new model away from zero."""
+    stream = torch.Generator().manual_seed(2)
+    for name, parameter in loaded.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=stream)
 
 
 def learner_on(loaded: Loaded, kind: str, **options: Any) -> TransformerLearner:
@@ -176,19 +185,23 @@ def test_first_values_follow_from_the_seed_and_the_name():
 # --- what each kind computes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_lora_is_w_plus_scaled_b_a_for_each_client(family: str):
+def test_lora_is_w_plus_scaled_b_a_for_each_client(family: str, dtype: torch.dtype, off: float):
     adapted = put("lora", family, dropout=0.5)
+    adapted.model.to(dtype)
     name = {"llama": "model.layers.1.self_attn.v_proj", "gpt2": "transformer.h.1.attn.c_attn"}[family]
     trees = [shaken(adapted.initial(), k) for k in range(3)]
-    layer, x = adapted.model.get_submodule(name), torch.randn(6, 5, 64)
+    stream = torch.Generator().manual_seed(9)
+    layer, x = adapted.model.get_submodule(name), torch.randn(6, 5, 64, generator=stream).to(dtype)
     with torch.no_grad():
         plain = layer(x)
         with adapted.using(stacked(*trees)):
             found = layer(x)
     for k, tree in enumerate(trees):
-        part, low = slice(2 * k, 2 * k + 2), x[2 * k : 2 * k + 2] @ tree[f"{name}.lora_A"].T
-        assert torch.allclose(found[part], plain[part] + 16 / 4 * low @ tree[f"{name}.lora_B"].T, atol=1e-5)
+        part, low = slice(2 * k, 2 * k + 2), x[2 * k : 2 * k + 2].float() @ tree[f"{name}.lora_A"].T
+        expected = plain[part].float() + 16 / 4 * low @ tree[f"{name}.lora_B"].T
+        assert found.dtype == dtype and torch.allclose(found[part].float(), expected, atol=off, rtol=off)
 
 
 def test_ia3_scales_outputs_and_the_input_of_down_projections():
@@ -323,9 +336,9 @@ def test_rows_that_do_not_lie_client_after_client_are_refused():
 # --- dropout -----------------------------------------------------------------------------------------------------
 
 
-def masks(adapted: Adapted, rows: int, length: int, seeds: list[int] | None) -> torch.Tensor:
-    """Which inputs of a layer survive: A is the identity, so that the change is the dropped out input itself."""
-    name = "model.layers.0.self_attn.q_proj"
+def masks(adapted: Adapted, rows: int, length: int, seeds: list[int] | None, number: int = 0) -> torch.Tensor:
+    """Which inputs of a layer survive: A and B are identities, so that the change is the dropped out input itself."""
+    name = f"model.layers.{number}.self_attn.q_proj"
     eye = {n: torch.eye(*t.shape) for n, t in adapted.initial().items()}
     layer, x = adapted.model.get_submodule(name), torch.ones(rows, length, 64)
     with torch.no_grad(), adapted.using(stacked(*[eye] * (len(seeds) if seeds else 1)), seeds):
@@ -343,6 +356,7 @@ def test_dropout_masks_are_a_function_of_seed_layer_and_row():
     assert torch.equal(kept, masks(adapted, 4, 6, [11, 12]) > 0.5), "the same seeds"
     assert not torch.equal(kept[:2], kept[2:]), "another client"
     assert not torch.equal(kept[0], kept[1]), "another row"
+    assert not torch.equal(kept, masks(adapted, 4, 6, [11, 12], 1) > 0.5), "another layer"
     assert torch.equal(kept[2:], masks(adapted, 2, 6, [12]) > 0.5), "alone"
     longer = masks(adapted, 6, 9, [11, 12]) > 0.5
     assert torch.equal(kept[:2], longer[:2, :6]) and torch.equal(kept[2:], longer[3:5, :6]), "padding and more rows"
@@ -357,7 +371,7 @@ def test_dropout_masks_are_a_function_of_seed_layer_and_row():
     ("bottleneck", "gpt2", 0.0), ("bitfit", "gpt2", 0.0), ("prompt", "qwen", 0.0), ("full", "llama", 0.0),
 ])  # fmt: skip
 def test_checkpointing_recomputes_and_changes_nothing(kind: str, family: str, dropout: float):
-    reports, calls = [], []
+    reports, calls, texts = [], [], []
     for on in (False, True):
         loaded = load(family, gradient_checkpointing=on)
         learner = learner_on(loaded, kind, dropout=dropout)
@@ -368,10 +382,11 @@ def test_checkpointing_recomputes_and_changes_nothing(kind: str, family: str, dr
         before = calls[-1]
         ask(learner, Score(reports[-1].params))
         assert calls[-1] == before + 1, "measuring computes once"
+        texts.append(ask(learner, Generate(reports[0].params, ("say", "the city"), 4)))
     assert reports[0].loss == pytest.approx(reports[1].loss, rel=1e-6)
     for name, tensor in reports[0].params.items():
         assert torch.allclose(tensor, reports[1].params[name], atol=1e-6)
-    assert calls[0] == 2 + 1 and calls[1] == 2 * 2 + 1
+    assert calls[1] == calls[0] + 2 and texts[0] == texts[1]
 
 
 def test_a_prefix_and_checkpointing_exclude_each_other():

@@ -55,9 +55,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def put(kind: str, family: str, task: str, dtype: str = "float32", **options: Any) -> Adapted:
+def put(kind: str, family: str, task: str, dtype: str = "float32", biases: float = 0.1, **options: Any) -> Adapted:
     labels = ["a", "b", "c"] if task.endswith("classification") else None
     loaded = load_model(ModelSettings(name=f"toy:{family}", device="cpu", dtype=dtype), task, labels)  # type: ignore[arg-type]
+    stream = torch.Generator().manual_seed(2)
+    for name, parameter in loaded.model.named_parameters():  # the biases of a new model are zero
+        if name.endswith("bias"):
+            parameter.data += biases * torch.randn(parameter.shape, generator=stream)
     return Adapted(loaded, AdapterSettings(kind=kind, rank=4, tokens=3, width=5, **options), seed=3)  # type: ignore[arg-type]
 
 
@@ -284,7 +288,7 @@ def test_kinds_that_peft_lacks_come_back_bit_by_bit(kind: str, family: str, task
 
 @pytest.mark.parametrize(("kind", "family", "task"), [("bottleneck", "bert", CLASSES), ("lora", "llama", "causal-lm")])
 def test_the_readme_says_what_works(kind: str, family: str, task: str, tmp_path: Path):
-    adapted, folder = put(kind, family, task), tmp_path / "adapter"
+    adapted, folder = put(kind, family, task, biases=0.0), tmp_path / "adapter"
     params, batch = shaken(adapted.initial()), inputs(task, family)
     save_adapter(folder, adapted, params)
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -397,7 +401,7 @@ def test_tensors_that_do_not_fit_are_refused(how: str, save: Any, tmp_path: Path
     assert not any(tmp_path.iterdir())
 
 
-def test_an_adapter_is_replaced_whole_and_nothing_else_is(tmp_path: Path):
+def test_an_adapter_is_replaced_whole_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapted = put("lora", "llama", "causal-lm")
     first, second = adapted.initial(), shaken(adapted.initial())
     place = tmp_path / "deep" / "adapter"
@@ -418,6 +422,12 @@ def test_an_adapter_is_replaced_whole_and_nothing_else_is(tmp_path: Path):
         save_merged(place, adapted, first)
     (tmp_path / "empty").mkdir()
     save_adapter(tmp_path / "empty", adapted, first)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    save_adapter(tmp_path / "link", adapted, second)
+    assert (tmp_path / "link").is_symlink() and equal(load_adapter(tmp_path / "empty")[1], second)
+    monkeypatch.chdir(tmp_path)
+    save_adapter("relative", adapted, first)
+    assert equal(load_adapter("relative")[1], first)
 
 
 @pytest.mark.parametrize("where", ["write", "rename"])

@@ -211,3 +211,15 @@ def test_a_classifier_writes_no_text():
     with pytest.raises(ModelError, match="cannot write text"):
         written(adapted, None, [["x"]])
     assert written(put("llama"), None, [[], []], seeds=(0, 1)) == [[], []]
+
+
+@pytest.mark.parametrize(("kind", "room"), [("lora", 256), ("prompt", 253), ("prefix", 253)])
+def test_more_tokens_than_the_model_reads_are_refused(kind: str, room: int):
+    adapted = put("gpt2", kind)
+    prompt = "0" * 200
+    length = len(adapted.loaded.tokenizer(prompt)["input_ids"])  # type: ignore[misc]
+    written(adapted, [adapted.initial()], [[prompt]], room - length)
+    with pytest.raises(ModelError, match=f"reads {room} tokens at most"):
+        written(adapted, [adapted.initial()], [[prompt, "a"]], room - length + 1)
+    with pytest.raises(ModelError, match="no room"):
+        written(Adapted(toy_model("gpt2"), AdapterSettings(kind="prompt", tokens=256), 0), None, [["a"]])

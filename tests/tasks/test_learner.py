@@ -41,7 +41,7 @@ def make(family: str, kind: str, adapter: str = "lora", chat: str | None = None,
     labels = {"sequence-classification": CLASSES, "token-classification": TAGS}.get(kind)
     loaded = toy_model(family, kind=kind, labels=labels)  # type: ignore[arg-type]
     loaded.tokenizer.chat_template = chat  # type: ignore[union-attr]
-    task = TaskSettings(kind=kind, max_length=64, **{"template": "plain", **options})  # type: ignore[arg-type]
+    task = TaskSettings(kind=kind, **{"template": "plain", "max_length": 64, **options})  # type: ignore[arg-type]
     return TransformerLearner(loaded, task, AdapterSettings(kind=adapter, rank=4, tokens=3), labels, seed=1)  # type: ignore[arg-type]
 
 
@@ -166,6 +166,19 @@ def test_a_model_whose_output_layer_cannot_be_restricted_is_run_whole_with_a_not
     assert not layer._forward_pre_hooks
     examples, params = learner.prepare(rows("causal-lm")), stacked(shaken(learner.initial()))
     assert torch.allclose(losses(learner, params, [examples]), losses(usual, params, [examples]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind", "adapter", "longest"), [
+    ("gpt2", "causal-lm", "lora", 256), ("gpt2", "causal-lm", "prompt", 253), ("llama", "causal-lm", "prefix", 253),
+    ("bert", "sequence-classification", "lora", 256), ("t5", "seq2seq", "lora", None),
+])  # fmt: skip
+def test_texts_are_cut_to_what_the_model_reads(family: str, kind: str, adapter: str, longest: int | None):
+    learner = make(family, kind, adapter, max_length=400)
+    row = {"instruction": "say", "response": "0 1 2 3 " * 300, "text": "0 1 2 3 " * 300, "label": "good"}
+    (example,) = learner.prepare([row])
+    assert len(example.inputs["input_ids"]) <= 400 and (longest is None or example.tokens == longest)
+    assert learner.notes == [] if longest is None else str(longest) in learner.notes[0] and "400" in learner.notes[0]
+    assert torch.isfinite(losses(learner, stacked(learner.initial()), [[example]])).all()
 
 
 # --- metrics of predictions --------------------------------------------------------------------------------------

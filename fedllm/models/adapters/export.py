@@ -284,6 +284,7 @@ def _replacing(folder: Path, ours: bool) -> Iterator[Path]:
         folder: where to.
         ours: whether what is there may go.
     """
+    folder = folder.resolve()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and holds something else.", action="Choose another folder.")
     place = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -291,7 +292,7 @@ def _replacing(folder: Path, ours: bool) -> Iterator[Path]:
     try:
         place.mkdir(parents=True)
         yield place
-        for file in place.iterdir():
+        for file in (found for found in place.rglob("*") if found.is_file()):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():

@@ -1,4 +1,4 @@
-"""Markdown - tables, code and docstrings as Markdown."""
+"""Tables - tables, code and docstrings as Markdown."""
 
 from __future__ import annotations
 

@@ -1,0 +1,5 @@
+"""`python -m fedllm` is the command line."""
+
+from fedllm.cli.main import main
+
+main()
