@@ -108,11 +108,19 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
         values = source
     else:
         values = _read_file(_path(source))
+    values = _named_method(values)
     for text in overrides:
-        values = merge(values, _override(text))
-    if isinstance(values.get("method"), str):
-        values = {**values, "method": {"name": values["method"]}}
+        given = _named_method(_override(text))
+        if given.get("method", {}).get("name") not in (None, values.get("method", {}).get("name")):
+            values = {**values, "method": {}}  # another method: the options of the one before are not its own
+        values = merge(values, given)
     return read(Recipe, values)
+
+
+def _named_method(values: dict[str, Any]) -> dict[str, Any]:
+    """`method: fedprox` is short for `method: {name: fedprox}`."""
+    method = values.get("method")
+    return {**values, "method": {"name": method}} if isinstance(method, str) else values
 
 
 def bundled() -> list[str]:

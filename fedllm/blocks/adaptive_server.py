@@ -3,7 +3,7 @@
     m <- b1 m + (1 - b1) d;   v <- second(v, d);   x <- x + eta m / (sqrt(v) + tau)
 
 d is the mean change of the clients, uniform in the paper. `convention` switches the details that published code does
-otherwise, so that its numbers can be reproduced: the card core-baselines lists them.
+otherwise, so that its numbers can be reproduced; see its description below.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def list_methods(as_json: Json = False) -> None:
     screen.show(map_table(found, signs))
     for status, sign in signs.items():
         screen.say(f"{sign} {status}: {MEANINGS[status]}", "dim")
-    screen.say("sum: uploads may be added up in secret; sites: can run across real sites", "dim")
+    screen.say("sum: uploads may be added up in secret; sites: needs no data in one place", "dim")
 
 
 def entries() -> list[dict[str, Any]]:

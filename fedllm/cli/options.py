@@ -66,7 +66,7 @@ def recipe_options() -> list[Option]:
 def changed(value: BaseModel) -> dict[str, Any]:
     """The fields of settings that were given and differ from their defaults."""
     fields = type(value).model_fields
-    given = {name: getattr(value, name) for name in value.model_fields_set}
+    given = {name: getattr(value, name) for name in fields if name in value.model_fields_set}
     return {name: one for name, one in given.items() if one != fields[name].default}
 
 

@@ -108,7 +108,7 @@ def plan_for(key: str, topic: str, root: Path | None) -> Plan:
         home = root / "fedllm" / "methods" / topic
         values["module"] = f"fedllm.methods.{topic}.{stem}"
         places = [home / f"{stem}.py", root / "tests" / "methods" / f"test_{stem}.py"]
-        places += [root / "fedllm" / "recipes" / f"{key}.yaml", root / "docs" / "methods" / f"{key}.md"]
+        places += [root / "fedllm" / "recipes" / f"{key}.yaml", root / "docs" / "when" / f"{key}.md"]
         packages = {home / "__init__.py": f'"""{TOPICS[topic]}."""\n'}
     templates = (skeleton.METHOD, skeleton.TEST, skeleton.RECIPE, skeleton.PAGE)
     return Plan(dict(zip(places, templates, strict=True)), packages, values)

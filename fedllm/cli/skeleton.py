@@ -95,25 +95,9 @@ evaluation:
   against: [base]
 """
 
-PAGE = """# $name
+PAGE = """As a start for a method of your own: federated averaging with a step size at the server. With `server_lr: 1` it is
+FedAvg to the last bit.
 
-Federated averaging with a step size at the server. ($cell)
-
-## When to use it
-
-As a start for a method of your own. With `server_lr: 1` it is FedAvg to the last bit.
-
-## How to run it
-
-    fedllm run $recipe
-
-It writes a run folder with `report.html`, the adapter, and `metrics.jsonl`. Its options: `fedllm explain $key`.
-
-## Deviations from the paper
-
-There is no paper.
-
-## Claimed and measured
-
-It claims nothing of its own. A claim gets a check in `fedllm/effects/$stem.py` and is shown by `fedllm verify $key`.
+Try it with `fedllm run $recipe`; its options are listed by `fedllm explain $key`. The rest of its page in the docs is made
+from the card, the fields and the module's first lines.
 """

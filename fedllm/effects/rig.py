@@ -147,7 +147,8 @@ def small_cohorts(key: str, margin: float, **options: Any) -> tuple[str, bool, d
             train = {"steps": 5, "lr": 0.1, "optimizer": "sgd", "clip_norm": None, "batch_size": 12}
             play = Play(find(name)(train=train, **given), learner, rows, cohort=2, seed=seed, rounds=30)
             losses[name].append(held_out(play.rounds(30).params)[1])
+    settings = ", ".join(f"{name}={value}" for name, value in options.items()) or "defaults"
     told = f"Held-out loss after 30 rounds with 2 of 20 clients, seeds 0-2: {spread(losses[key])} against FedAvg's "
-    told += f"{spread(losses['fedavg'])} (margin {margin} with each seed; {options or 'defaults'})."
+    told += f"{spread(losses['fedavg'])} (margin {margin} with each seed; {settings})."
     better = all(a + margin < b for a, b in zip(losses[key], losses["fedavg"], strict=True))
     return told, better, {name: sum(values) / 3 for name, values in losses.items()}

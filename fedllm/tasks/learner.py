@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedllm.core.errors import ModelError
 from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example, Groups
 from fedllm.models.adapters.attach import Adapted
@@ -64,6 +65,13 @@ class TransformerLearner:
         labels: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
+        if is_encoder_decoder(loaded.model) and task.kind != "seq2seq":
+            raise ModelError(
+                f"{loaded.name} reads with an encoder and writes with a decoder; task.kind={task.kind} does not fit it.",
+                "Allowed: seq2seq.",
+                "seq2seq",
+                "Set task.kind=seq2seq, and let the answer be the label's text.",
+            )
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
         self.adapted = Adapted(loaded, adapter, seed)
         self.notes = list(loaded.notes)

@@ -57,7 +57,7 @@ def test_inside_a_checkout_it_lies_where_the_others_do_and_its_test_passes(tmp_p
         "Wrote fedllm/methods/communication/my_own.py",
         "Wrote tests/methods/test_my_own.py",
         "Wrote fedllm/recipes/my-own.yaml",
-        "Wrote docs/methods/my-own.md",
+        "Wrote docs/when/my-own.md",
     ]
     assert "fedllm run my-own" in made.stdout
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/methods/test_my_own.py"]

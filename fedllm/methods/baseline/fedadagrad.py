@@ -1,4 +1,7 @@
-"""FedAdagrad - the server divides by the root of the sum of all squared changes so far."""
+"""FedAdagrad - the server divides by the root of the sum of all squared changes so far.
+
+Deviations from the paper: none in the default convention; `convention` reproduces those of published code.
+"""
 
 import torch
 

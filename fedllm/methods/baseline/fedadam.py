@@ -1,6 +1,7 @@
 """FedAdam - Adam at the server, over the mean changes of the rounds.
 
-The paper has no bias correction; `convention: flower` applies Flower's.
+Deviations from the paper: none in the default convention. The paper has no bias correction; `convention: flower`
+applies Flower's.
 """
 
 import torch

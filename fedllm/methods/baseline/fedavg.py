@@ -1,6 +1,9 @@
 """FedAvg - clients train from the global weights; the server takes the weighted mean of their changes.
 
 It is what every slot of Method does by default; everything else in this library is "FedAvg plus one idea".
+
+Deviations from the paper: the local optimiser is AdamW with gradient clipping by default (the paper's is plain SGD:
+train.optimizer=sgd train.clip_norm=null), and a round may count optimiser steps instead of epochs.
 """
 
 from fedllm.core.card import Card

@@ -2,6 +2,8 @@
 
 Two published conventions differ by a factor of 1 / (1 - beta) in their steady state: `heavy-ball` (Hsu et al.; as in
 Flower) and `mean` (an exponential mean that starts at the first change; as in OpenFedLLM).
+
+Deviations from the paper: none in the default convention.
 """
 
 from typing import Literal

@@ -1,6 +1,9 @@
 """FedProx - FedAvg with a pull towards the received weights, so that clients with other data drift less.
 
 The pull acts on trainable tensors only and is squared: (mu / 2) * ||y - x||^2. mu = 0 is FedAvg to the last bit.
+
+Deviations from the paper: every client takes its full number of steps; partial work of a slow client is accepted by the
+engines' deadline as a lost client, not as fewer steps.
 """
 
 import torch

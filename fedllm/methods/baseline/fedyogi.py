@@ -1,4 +1,7 @@
-"""FedYogi - as FedAdam, but the second moment moves by a bounded amount each round."""
+"""FedYogi - as FedAdam, but the second moment moves by a bounded amount each round.
+
+Deviations from the paper: none in the default convention; `convention` reproduces those of published code.
+"""
 
 import torch
 
