@@ -95,9 +95,9 @@ evaluation:
   against: [base]
 """
 
-PAGE = """As a start for a method of your own: federated averaging with a step size at the server. With `server_lr: 1` it is
-FedAvg to the last bit.
+PAGE = """As a start for a method of your own: federated averaging with a step size at the server. With
+`server_lr: 1` it is FedAvg to the last bit.
 
-Try it with `fedllm run $recipe`; its options are listed by `fedllm explain $key`. The rest of its page in the docs is made
-from the card, the fields and the module's first lines.
+Try it with `fedllm run $recipe`; its options are listed by `fedllm explain $key`. The rest of its page in the
+docs is made from the card, the fields and the module's first lines.
 """

@@ -67,7 +67,7 @@ class TransformerLearner:
     ) -> None:
         if is_encoder_decoder(loaded.model) and task.kind != "seq2seq":
             raise ModelError(
-                f"{loaded.name} reads with an encoder and writes with a decoder; task.kind={task.kind} does not fit it.",
+                f"{loaded.name} has an encoder and a decoder, which task.kind={task.kind} does not fit.",
                 "Allowed: seq2seq.",
                 "seq2seq",
                 "Set task.kind=seq2seq, and let the answer be the label's text.",
