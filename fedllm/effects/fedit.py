@@ -27,7 +27,7 @@ def measure() -> Evidence:
             result = run("quickstart", [*SIZES, f"seed={seed}", "evaluation.metric=loss"], folder=place)
             for name, losses in found.items():
                 losses.append(result.value(name, "loss") or 0.0)
-    base, local, federated, central = found.values()
+    base, local, federated, _ = found.values()
     means = {name: sum(losses) / len(losses) for name, losses in found.items()}
     told = ", ".join(f"{name} {value_text('loss', value)}" for name, value in means.items())
     return Evidence(
