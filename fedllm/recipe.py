@@ -30,7 +30,7 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     every: int = Field(0, ge=0)
-    """Measure on the clients' held-out data every so many rounds; 0 measures at the end only."""
+    """Measure the federation on held-out data every so many rounds; 0, and all it is compared with: at the end only."""
     clients: int | None = Field(None, ge=1)
     """Measure at this many clients (seeded choice); null for all."""
     against: list[Literal["base", "local", "central"]] = ["base", "local", "central"]

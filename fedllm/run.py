@@ -42,6 +42,9 @@ from fedllm.report.tracking import open_trackers
 from fedllm.report.words import sentences
 from fedllm.tasks.learner import TransformerLearner
 
+FEDERATED = "federated"
+"""The leg that plays the recipe's method; what it is compared with is measured at the end only."""
+
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 FAILED_LIMIT = 3
@@ -237,7 +240,7 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     legs = [Leg(name, method, ground, folder, watch, debug) for name, method in names.items()]
     trackers = open_trackers(recipe.tracking, folder.path, recipe.model_dump(mode="json"))
     try:
-        finished = all([asyncio.run(leg.play(trackers if leg.name == "federated" else [])) for leg in legs])
+        finished = all([asyncio.run(leg.play(trackers if leg.name == FEDERATED else [])) for leg in legs])
     finally:
         for tracker in trackers:
             tracker.close()
@@ -301,7 +304,7 @@ class Leg:
     async def _round(self, trackers: Sequence[Any]) -> None:
         recipe, begun = self.ground.recipe, time.perf_counter()
         self.state, record = await play_round(self.method, self.state, self.server, self.cohort, recipe.deadline)
-        every, last = recipe.evaluation.every, self.state.round == recipe.rounds
+        every, last = recipe.evaluation.every if self.name == FEDERATED else 0, self.state.round == recipe.rounds
         values, self.counts = None, {}
         if last or (every and self.state.round % every == 0):
             await self._measure()

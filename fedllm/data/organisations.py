@@ -58,30 +58,19 @@ _PLACES = (
 )  # fmt: skip
 
 
-def _ordinal(day: int) -> str:
-    ending = "th" if 10 < day < 14 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
-    return f"{day}{ending}"
-
-
 def _date(rng: random.Random) -> tuple[str, str]:
-    """A day in one of three written forms, all unambiguous; in the answer it is ISO 8601."""
+    """A day in one of two written forms, both unambiguous; in the answer it is ISO 8601."""
     day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_DAYS))
     month = MONTHS[day.month - 1]
-    written = rng.choice(
-        [
-            f"{day.day} {month} {day.year}",
-            f"{month} {day.day}, {day.year}",
-            f"{month} {_ordinal(day.day)}, {day.year}",
-        ]
-    )
+    written = rng.choice([f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}"])
     return written, day.isoformat()
 
 
 def _amount(rng: random.Random) -> tuple[str, str]:
-    """Money in one of three written forms; in the answer two decimals and the ISO 4217 code."""
+    """Money in one of two written forms; in the answer two decimals and the ISO 4217 code."""
     whole = rng.randint(100, 9_999)
-    code, word = rng.choice([("EUR", "euros"), ("USD", "dollars"), ("GBP", "pounds")])
-    written = rng.choice([f"{code} {whole}", f"{whole} {word}", f"{whole} {code}"])
+    code = rng.choice(["EUR", "USD", "GBP"])
+    written = rng.choice([f"{code} {whole}", f"{whole} {code}"])
     return written, f"{whole}.00 {code}"
 
 

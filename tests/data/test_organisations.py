@@ -68,8 +68,7 @@ def test_every_answer_can_be_read_from_the_text(key):
                 assert len(re.findall(r"\b(?:yes|no)\b", words.lower())) == 1
                 seen.add(value)
             elif match := re.fullmatch(r"(\d+)\.00 (EUR|USD|GBP)", value):
-                word = {"EUR": "euros", "USD": "dollars", "GBP": "pounds"}[match[2]]
-                assert re.search(rf"{match[2]} {match[1]}\b|\b{match[1]}(\.00)? ({match[2]}|{word})", words)
+                assert f"{match[2]} {match[1]}" in words or f"{match[1]} {match[2]}" in words
             else:
                 number = value.split(" ")[0]
                 assert re.search(rf"(?<![\w-]){re.escape(number)}\b", words)
