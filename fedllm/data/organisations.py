@@ -95,13 +95,13 @@ def _code(*prefixes: str) -> Slot:
 
 
 def _urgency(rng: random.Random) -> tuple[str, str]:
-    """A word of urgency; in capitals or not in the document, lower case in the answer."""
+    """A word of urgency; with a capital or not in the document, lower case in the answer."""
     value = rng.choice(URGENCY)
     return rng.choice([value, value.capitalize()]), value
 
 
 def _flag(rng: random.Random) -> tuple[str, str]:
-    """A yes or no; capital or not in the document, lower case in the answer."""
+    """A yes or no; with a capital or not in the document, lower case in the answer."""
     value = rng.choice(FLAGS)
     return rng.choice([value, value.capitalize()]), value
 

@@ -393,8 +393,8 @@ A run of `--steps` gives the same bits on the same machine; a run of `--minutes`
 
 {100 * plan.t0_share:.0f} % of the records: tasks of the T0 / P3 training mix as sampled by Self-Instruct (Apache-2.0).
 The rest: records made by `fedllm/models/pretrain_text.py` (this package, Apache-2.0; names are invented). Records
-longer than the context were left out. The documents of `fedllm.data.organisations`, their fields and their way to
-write dates, amounts and urgency are not in it; `name=value; name=value` is one of its ten answer formats.
+longer than the context were left out. The documents of `fedllm.data.organisations`, their field names, and ISO
+dates and currency codes in answers are not in it; `name=value; name=value` is one of its eight answer formats.
 
 ## Held-out results
 

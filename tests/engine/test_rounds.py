@@ -190,6 +190,23 @@ def test_clipping_gives_the_same_bits_at_every_width() -> None:
     assert all(same(states[0], other) for other in states[1:])
 
 
+@pytest.mark.parametrize("limit", [0.01, 0.5, 1e6])
+def test_clipping_is_that_of_torch_for_each_client_alone(limit: float) -> None:
+    """One step of plain descent on all rows: x - lr * the gradient, shortened to the norm `limit`."""
+    train = Train(steps=1, lr=0.1, optimizer="sgd", clip_norm=limit, batch_size=64)
+    ground = Ground(FedAvg(train=train), 7)
+    found = ground.answer(*(ground.request(c) for c in SIZES))
+    for client in SIZES:
+        leaves = {n: t.requires_grad_() for n, t in start().items()}
+        rows = [torch.tensor(row["x"]) for row in ground.rows.rows(client)]
+        (loss(leaves, rows) / len(rows)).backward()
+        torch.nn.utils.clip_grad_norm_(leaves.values(), limit)
+        update = decode(found[f"request of {client}"].body)["update"]
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            assert torch.allclose(update[name], -0.1 * leaf.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_full_gradients_have_the_same_bits_at_every_width() -> None:
     method = make("scaffold", TRAINS["sgd"], option="I")
     states = [Ground(method, width).play(2).state for width in (1, 3, 7)]
