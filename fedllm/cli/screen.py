@@ -116,7 +116,7 @@ def hush(debug: bool) -> None:
         "DATASETS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",  # on a busy machine, threads that spin while they wait slow a run down tenfold
+        "GOMP_SPINCOUNT": "30000",  # threads that spin for long while they wait make a busy machine crawl
     }.items():
         os.environ.setdefault(name, value)
     if not debug:
