@@ -76,6 +76,10 @@ class Engine(Protocol):
         """
         ...
 
+    def drop(self, client: str) -> None:
+        """The last answer of this client was refused: what its turn left in its private store rolls back."""
+        ...
+
     def settle(self, accepted: Sequence[str]) -> None:
         """The answers of these clients were used: their private stores are kept, those of others roll back."""
         ...
@@ -158,7 +162,11 @@ class Server:
     def reject(self, client: str, reason: str) -> None:
         """Take back an accepted answer that turned out unusable (wrong names or shapes)."""
         self._accepted.remove(client)
+        self._refuse(client, reason)
+
+    def _refuse(self, client: str, reason: str) -> None:
         self.rejected.append({"client": client, "reason": reason})
+        self.engine.drop(client)
 
     def begin(self, round: int) -> None:
         """Begin a round or a measurement: from here on `lost` and `rejected` are counted."""
@@ -193,7 +201,7 @@ class Server:
             message = decode(reply.body)
         except DecodeError as fault:
             self.meter.sent(op, "up", {"undecodable": len(reply.body)})
-            self.rejected.append({"client": reply.client, "reason": str(fault)})
+            self._refuse(reply.client, str(fault))
             return None
         self.meter.sent(op, "up", size_by_part(reply.body))
         try:
@@ -201,7 +209,7 @@ class Server:
                 raise UploadRejected(f"Client '{reply.client}' sent a {type(message).__name__.lower()}.")
             _validate(message, reply.client)
         except UploadRejected as fault:
-            self.rejected.append({"client": reply.client, "reason": str(fault)})
+            self._refuse(reply.client, str(fault))
             return None
         return message
 

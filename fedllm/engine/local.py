@@ -193,6 +193,10 @@ class LocalEngine:
                     continue
                 yield reply
 
+    def drop(self, client: str) -> None:
+        """See :class:`fedllm.core.server.Engine`."""
+        self.worker.private.drop(client)
+
     def settle(self, accepted: Sequence[str]) -> None:
         """See :class:`fedllm.core.server.Engine`."""
         self.worker.private.settle(accepted)

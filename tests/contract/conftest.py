@@ -91,6 +91,9 @@ class Watched:
             self.replies.append(changed)
             yield changed
 
+    def drop(self, client: str) -> None:
+        self.engine.drop(client)
+
     def settle(self, accepted: Any) -> None:
         self.engine.settle(accepted)
 

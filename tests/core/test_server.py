@@ -30,6 +30,7 @@ class Scripted:
 
     def __init__(self, bodies: dict[str, bytes | None]) -> None:
         self.bodies, self.requests, self.settled = bodies, [], []
+        self.dropped: list[str] = []
         self.given: float | None = None
 
     @property
@@ -43,6 +44,9 @@ class Scripted:
             body = self.bodies[request.client]
             error = None if body is not None else f"{request.client} is gone"
             yield Reply(request.id, request.client, body, error, {"tokens": 5, "steps": 2})
+
+    def drop(self, client: str) -> None:
+        self.dropped.append(client)
 
     def settle(self, accepted: Sequence[str]) -> None:
         self.settled.append(list(accepted))

@@ -749,11 +749,6 @@ def test_a_turn_that_failed_and_was_late_is_dropped_once(monkeypatch: pytest.Mon
     assert ground.worker.private.open("c0").get("seen") == [0]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="The private store does not hear of rejected uploads before settle(), which knows clients, not turns: where "
-    "a protocol asks a client twice before it settles, the turn whose upload was refused is kept with the other.",
-)
 @pytest.mark.parametrize(("hows", "kept"), [(("NaN", "good"), [1]), (("good", "NaN"), [0])])
 def test_a_rejected_turn_leaves_no_trace_either(hows: tuple[str, ...], kept: list[int]) -> None:
     assert turns(*hows) == kept
