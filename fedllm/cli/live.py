@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STOPPING = "Stopping after this round; it is saved. Press Ctrl-C again to stop now."
 REFRESHES = 2
 """Drawings per second."""
-LINES = 10
+LINES = 4
 """Plain lines for one leg, about."""
 ROWS = 8
 """Legs shown at a time."""
