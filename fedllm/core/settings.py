@@ -36,7 +36,7 @@ def read(kind: type[Settings], values: Mapping[str, Any], where: str = "") -> Se
         ) from None
 
 
-def unknown(kind: type[BaseModel], values: Mapping[str, Any], where: str) -> None:
+def unknown(kind: type[BaseModel], values: Any, where: str) -> None:
     """Raise :class:`ConfigError` for the first key of `values`, at any depth, that `kind` does not have."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'The recipe'} is a {type(values).__name__}.", "A mapping of options is needed.")

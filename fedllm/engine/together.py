@@ -198,7 +198,7 @@ class _Fit:
                 if request.penalty is not None and turn == 0:
                     objective = objective + _each(request.penalty, self.stack, given).sum()
                 for held, found in zip(grads, torch.autograd.grad(objective, leaves, allow_unused=True), strict=True):
-                    if found is not None:
+                    if found is not None:  # pyright: ignore[reportUnnecessaryComparison]  (an unused leaf)
                         held.add_(found)
                 total += sums.detach()
         result = dict(zip(self.stack, grads, strict=True))
@@ -322,7 +322,7 @@ def _gradient(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
             losses = learner.losses(groups)
             found = torch.autograd.grad((losses * scale).sum(), list(stack.values()), allow_unused=True)
             for name, gradient in zip(stack, found, strict=True):
-                if gradient is not None:
+                if gradient is not None:  # pyright: ignore[reportUnnecessaryComparison]  (an unused leaf)
                     total[name] += gradient
             sums += losses.detach().double().cpu()
     return [

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example, Groups
+from fedllm.evaluate import Metric
+from fedllm.evaluate.text import LastNumber, RougeL, TokenF1
 from fedllm.models.adapters.attach import Adapted
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
@@ -76,7 +78,8 @@ class TransformerLearner:
         self.adapted = Adapted(loaded, adapter, seed)
         self.notes = list(loaded.notes)
         self.task = TASKS[task.kind](self._fitting(task), loaded.tokenizer, labels)
-        self.score_names = self.task.score_names
+        self.texts = _text_metrics(task)
+        self.score_names = (*self.task.score_names, *(metric.name for metric in self.texts))
         self.width_limit = self.adapted.width_limit
         self._both_ways = is_encoder_decoder(loaded.model)
         self._select = _Selection()
@@ -114,11 +117,36 @@ class TransformerLearner:
         batch = self.collate(groups)
         logits, owner = self._logits(batch)
         rows = self.task.count_rows(logits, batch.labels, owner, batch.inputs["input_ids"].shape[0])
-        return [rows[i] for i in batch.real.tolist()]
+        found = [rows[i] for i in batch.real.tolist()]
+        for counts, written in zip(found, self._written(groups) if self.texts else (), strict=bool(self.texts)):
+            counts.update(written)
+        return found
+
+    def _written(self, groups: Groups) -> list[dict[str, float]]:
+        """Counts of the text metrics of every example: its prompt is continued and held to its answer."""
+        pairs = [[self._prompt_and_answer(example) for example in group] for group in groups]
+        prompts = [[prompt for prompt, _ in group] for group in pairs]
+        texts = self.generate(prompts, self.task.settings.generate, 0.0, [0] * len(groups))
+        return [
+            {name: value for metric in self.texts for name, value in metric.count([text.strip()], [answer]).items()}
+            for group, written in zip(pairs, texts, strict=True)
+            for (_, answer), text in zip(group, written, strict=True)
+        ]
+
+    def _prompt_and_answer(self, example: Example) -> tuple[str, str]:
+        """The text before the last answer, and that answer."""
+        ids, labels = example.inputs["input_ids"], example.labels
+        if self._both_ways:
+            prompt = self.tokenizer.decode(ids, skip_special_tokens=True)
+            return prompt, self.tokenizer.decode(labels, skip_special_tokens=True).strip()
+        unlabelled = torch.nonzero(labels == IGNORE).flatten()
+        start = int(unlabelled[-1]) + 1 if len(unlabelled) else 1
+        answer = self.tokenizer.decode(labels[start:], skip_special_tokens=True).strip()
+        return self.tokenizer.decode(ids[:start]), answer
 
     def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
         """Metric values of summed counts."""
-        return self.task.values(counts)
+        return {**self.task.values(counts), **{metric.name: metric.value(counts) for metric in self.texts}}
 
     def generate(
         self, prompts: Sequence[Sequence[str]], max_tokens: int, temperature: float, seeds: Sequence[int]
@@ -265,6 +293,20 @@ class TransformerLearner:
         handle.remove()
         self.notes.append("Logits are computed at every position: this model's output layer cannot be restricted.")
         return False
+
+
+def _text_metrics(task: TaskSettings) -> list[Metric]:
+    """The metrics of written text, where the task asks for text."""
+    if not task.generate:
+        return []
+    if task.kind not in ("causal-lm", "seq2seq"):
+        raise ConfigError(
+            f"task.generate={task.generate} has no meaning for task.kind={task.kind}.",
+            "Text is written by causal-lm and seq2seq.",
+            action="Set task.generate=0.",
+        )
+    kinds: dict[str, type[Metric]] = {kind.name: kind for kind in (RougeL, TokenF1, LastNumber)}
+    return [kinds[name]() for name in task.text_metrics]
 
 
 class _Selection:

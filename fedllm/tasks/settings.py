@@ -33,6 +33,10 @@ class TaskSettings(BaseModel):
     """Longest input in tokens; longer ones are cut at the end, and a sample left without a response is not used."""
     loss_on: Literal["response", "all"] = "response"
     """Which tokens count in the loss of a causal language model."""
+    generate: int = Field(0, ge=0)
+    """New tokens to write for each held-out prompt, for `text_metrics`; 0 writes nothing (exact_match needs none)."""
+    text_metrics: list[Literal["rouge_l", "token_f1", "last_number"]] = ["rouge_l", "token_f1"]
+    """What is measured on written text; rouge_l needs the extra `rouge`, last_number a number in every answer."""
     labels: list[str] | None = None
     """Class or tag names in their order; found in the data where null."""
     second_text: str | None = None

@@ -279,3 +279,31 @@ def test_embeddings_are_those_of_each_client():
         with torch.no_grad(), learner.using(stacked(trees[k])):
             assert torch.allclose(both[k], learner.embed([texts])[0], atol=1e-5)
     assert not torch.allclose(both[0], both[1])
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "causal-lm"), ("t5", "seq2seq")])
+def test_text_metrics_measure_what_is_written(family: str, kind: str) -> None:
+    """A model that has learned its rows by heart writes the answers; the untrained one does not."""
+    from fedllm.core.train import Train
+    from fedllm.core.work import Fit, Score
+    from fedllm.engine.together import Job, run_together
+    from fedllm.models.adapters.settings import AdapterSettings
+    from fedllm.models.toy import toy_model
+    from fedllm.tasks.learner import TransformerLearner
+    from fedllm.tasks.settings import TaskSettings
+
+    names = ["rouge_l", "token_f1", "last_number"]
+    task = TaskSettings(kind=kind, template="plain", max_length=96, generate=12, text_metrics=names)
+    learner = TransformerLearner(toy_model(family, kind=kind), task, AdapterSettings(kind="full"), None, 0)
+    rows = [{"instruction": f"key {n}", "response": f"it is {n * 11}"} for n in range(1, 5)]
+    examples = learner.prepare(rows)
+
+    def job(request: object) -> Job:
+        return Job(request, "c", 0, 1, 1, lambda split: examples, {})  # type: ignore[arg-type]
+
+    (fitted,) = run_together(learner, [job(Fit(learner.initial(), Train(steps=300, lr=3e-3, batch_size=4)))])
+    (before,), (after,) = (run_together(learner, [job(Score(params))]) for params in (None, fitted.params))
+    assert after.values["exact_match"] == 1.0
+    assert [after.values[name] for name in names] == [1.0, 1.0, 1.0]
+    assert before.values["rouge_l"] < 0.5
+    assert set(names) <= set(learner.score_names)
