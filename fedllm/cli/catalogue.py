@@ -230,7 +230,7 @@ def show_method(facts: dict[str, Any]) -> None:
         "stays private": ", ".join(facts["private"]) or "clients keep nothing between rounds",
         "models": ", ".join(card["models"]),
         "adapters": ", ".join(facts["adapters"]),
-        "real sites": f"no: {card['simulation_only']}" if card["simulation_only"] else "yes",
+        "pooled data": f"needed: {card['simulation_only']}" if card["simulation_only"] else "not needed",
         "training": ", ".join(f"train.{n}={v}" for n, v in facts["train"].items()),
         "file": facts["file"],
     }

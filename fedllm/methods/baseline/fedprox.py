@@ -2,8 +2,8 @@
 
 The pull acts on trainable tensors only and is squared: (mu / 2) * ||y - x||^2. mu = 0 is FedAvg to the last bit.
 
-Deviations from the paper: every client takes its full number of steps; partial work of a slow client is accepted by the
-engines' deadline as a lost client, not as fewer steps.
+Deviations from the paper: every client takes its full number of steps. A client too slow for the round's deadline is
+lost, where the paper would take its partial work.
 """
 
 import torch
