@@ -38,7 +38,7 @@ from fedllm.methods import find
 from fedllm.methods.baseline.central import EVERYONE
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.report.page import write_report
-from fedllm.report.tracking import open_trackers
+from fedllm.report.tracking import open_trackers, require
 from fedllm.report.words import sentences
 from fedllm.tasks.learner import TransformerLearner
 
@@ -143,6 +143,7 @@ def run(
     """
     settled = load_recipe(recipe, overrides)
     method_of(settled)
+    require(settled.tracking)
     ground = prepare(settled, data)
     place = RunFolder.create(Path(folder) if folder else new_folder(settled))
     place.write_text("recipe.yaml", settled.to_yaml())

@@ -55,6 +55,7 @@ class LocalWorker:
         self.functions = algorithm.client_functions()
         self.private = PrivateStore(algorithm.private, private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
+        self._cached = 0
         self._frozen = frozen(learner, algorithm)
 
     def answer(self, requests: Sequence[Request]) -> Iterator[Reply]:
@@ -86,13 +87,12 @@ class LocalWorker:
         key = (client, split)
         if key not in self._examples:
             self._examples[key] = self.learner.prepare(self.rows.rows(client, split))
-            while len(self._examples) > 1 and self._held() > CACHE_TOKENS:
-                self._examples.popitem(last=False)
+            self._cached += sum(example.tokens for example in self._examples[key])
+            while len(self._examples) > 1 and self._cached > CACHE_TOKENS:
+                _, dropped = self._examples.popitem(last=False)
+                self._cached -= sum(example.tokens for example in dropped)
         self._examples.move_to_end(key)
         return self._examples[key]
-
-    def _held(self) -> int:
-        return sum(e.tokens for examples in self._examples.values() for e in examples)
 
     def _turn(self, request: Request) -> Turn:
         function = self.functions.get(request.op)

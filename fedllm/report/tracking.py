@@ -7,7 +7,9 @@ in the same tracked run, whose ids are kept in tracking.json.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +46,14 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Send what is left."""
+
+
+def require(settings: Tracking) -> None:
+    """Raise :class:`MissingExtra` for a wanted tracker whose library is not installed; opens nothing."""
+    wanted = {"tensorboard": settings.tensorboard, "wandb": settings.wandb, "mlflow": settings.mlflow}
+    for name, value in wanted.items():
+        if value and name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise MissingExtra(name, name, f"tracking.{name}")
 
 
 def open_trackers(settings: Tracking, folder: Path, recipe: Mapping[str, Any]) -> list[Tracker]:

@@ -168,3 +168,13 @@ def test_importing_is_light() -> None:
     code = "import sys, fedllm.report.tracking, fedllm.report.table; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(heavy) & set(found.stdout.split())
+
+
+def test_a_missing_library_is_found_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedllm.report import tracking
+
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(tracking.sys.modules, "wandb", raising=False)
+    tracking.require(Tracking())
+    with pytest.raises(MissingExtra, match="wandb"):
+        tracking.require(Tracking(wandb="project"))
