@@ -254,7 +254,10 @@ CAPTURES: dict[str, Capture] = {
         "AG News, Dirichlet 0.5", (AG_NEWS.format("0.5"),), comparison, tuple(SEVEN.split(","))
     ),
     "ag-news-0.1": Capture(
-        "AG News, Dirichlet 0.1", (AG_NEWS.format("0.1 data.partition.min_size=2"),), comparison, tuple(SEVEN.split(","))
+        "AG News, Dirichlet 0.1",
+        (AG_NEWS.format("0.1 data.partition.min_size=2"),),
+        comparison,
+        tuple(SEVEN.split(",")),
     ),
     "masakhaner": Capture(
         "Named entities in eight languages",
