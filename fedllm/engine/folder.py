@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fedllm.core.message import Json, Message
 from fedllm.core.meter import Meter
 from fedllm.core.state import State
 from fedllm.core.wire import decode, encode
+from fedllm.engine import durable
 
 KEPT = 2
 """Checkpoints kept of each leg: the last, and the one before it in case the last cannot be read."""
@@ -149,17 +149,8 @@ class RunFolder:
         return [_checkpoint(decode(file.read_bytes())).private for file in files]
 
     def _write(self, file: Path, data: bytes) -> Path:
-        partial = file.with_name(file.name + ".partial")
-        try:
-            with _writing(self.path):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with partial.open("wb") as handle:
-                    handle.write(data)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        with _writing(self.path):
+            durable.write(file, data)
         return file
 
 

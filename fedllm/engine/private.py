@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fedllm.core.errors import ConfigError, DecodeError, RunError, nearest
 from fedllm.core.message import Dense, Json, Message
 from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode, encode
+from fedllm.engine import durable
 
 Entry = dict[str, "Tensors | Json"]
 
@@ -104,28 +104,14 @@ class PrivateStore:
         digest = hashlib.sha256(client.encode() + data).hexdigest()[:24]
         target = self.folder / f"{digest}.safetensors"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if not target.exists():
-                _write(target, data)
+                durable.write(target, data)
         except OSError as fault:
             raise RunError(
                 f"The private entry of client '{client}' cannot be written: {fault}.",
                 action="Nothing written before is lost: make room, then 'fedllm resume' the run.",
             ) from fault
         self._held[client] = target.name
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write beside the place, flush to disk, rename."""
-    partial = file.with_suffix(".partial")
-    try:
-        with partial.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_tensors(value: object) -> bool:
