@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedllm.core.errors import ConfigError, nearest
 from fedllm.core.settings import merge, read
@@ -37,6 +37,31 @@ class Evaluation(BaseModel):
     """Models the federated one is compared with; each is trained with the same budget."""
     metric: str | None = None
     """The headline metric; the task's first one where null."""
+
+
+class GroupSettings(BaseModel):
+    """A kind of client: who, with which model, which adapter, on what device."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    share: float | None = Field(None, gt=0, le=1)
+    """Share of the clients that no group names; the shares of all groups sum to 1."""
+    clients: list[str] | None = None
+    """Ids of its clients, in place of a share."""
+    model: dict[str, Any] = {}
+    """Options of `model` that differ from the recipe's; {} for the same model."""
+    adapter: dict[str, Any] = {}
+    """Options of `adapter` that differ; with the recipe's model only a smaller `rank`."""
+    device: str = ""
+    """The device class, for tables."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> GroupSettings:
+        if (self.share is None) == (self.clients is None):
+            raise ConfigError(
+                f"A group has share={self.share} and clients={self.clients}.", "Exactly one of them says who is in it."
+            )
+        return self
 
 
 class Recipe(BaseModel):
@@ -70,6 +95,8 @@ class Recipe(BaseModel):
     """What is trained."""
     task: TaskSettings = TaskSettings()
     """What is learned."""
+    groups: dict[str, GroupSettings] = {}
+    """Kinds of clients with models, ranks or devices of their own; none: all clients are alike."""
     data: DataSettings = DataSettings()
     """Whose data."""
     evaluation: Evaluation = Evaluation()

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedllm.core.errors import ConfigError, RoundFailed
 from fedllm.core.message import Received
 from fedllm.core.meter import Meter, peak_memory
 from fedllm.core.method import Method
+from fedllm.core.roster import Group, assign
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
 from fedllm.core.settings import merge, read
@@ -34,8 +35,10 @@ from fedllm.engine.rounds import RoundRecord, evaluate, play_round
 from fedllm.engine.width import Width, choose
 from fedllm.evaluate import total
 from fedllm.evaluate.clients import summarise
-from fedllm.methods import find
+from fedllm.methods import find, methods
 from fedllm.methods.baseline.central import EVERYONE
+from fedllm.models.adapters.settings import AdapterSettings
+from fedllm.models.settings import ModelSettings
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.report.page import write_report
 from fedllm.report.tracking import open_trackers, require
@@ -79,7 +82,10 @@ class Ground:
     Attributes:
         recipe: the recipe.
         federation: whose data.
-        learner: base model, adapter and task.
+        learner: base model, adapter and task; the server's, and that of all groups without a model of their own.
+        learners: those of groups with a model of their own.
+        roster: client id -> its group.
+        left: trainable tensors that only the recipe's method asked for.
         width: how many clients share a pass.
         measured: the clients that have held-out data (and are to be measured).
         warnings: what a user should know.
@@ -91,6 +97,15 @@ class Ground:
     width: Width
     measured: list[str]
     warnings: list[str] = field(default_factory=list)
+    learners: dict[str, TransformerLearner] = field(default_factory=dict)
+    roster: dict[str, Group] = field(default_factory=dict)
+    left: frozenset[str] = frozenset()
+
+    def worker(self, method: Method, private: Path | None = None, debug: bool = False) -> LocalWorker:
+        """A worker for all clients; tensors that another method asked for stay at their first values."""
+        left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
+        rows, seed = Pooled(self.federation), self.recipe.seed
+        return LocalWorker(self.learner, method, rows, seed, private, debug, self.roster, self.learners, left)
 
 
 @dataclass(frozen=True)
@@ -167,25 +182,94 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
         federation = Federation.build(recipe.data, recipe.seed)
     else:
         federation = data if isinstance(data, Federation) else Federation.of(data)
-    cohort = recipe.cohort_size(len(federation.client_ids))
-    learner = build_learner(recipe, labels_of(federation, recipe))
-    train = method_of(recipe).train
+    method = method_of(recipe)
+    if method.public and not len(federation.public):
+        raise ConfigError(
+            f"The method {method.key} needs public rows, and there are none.",
+            "They are rows that anybody may read, the same for all.",
+            action="Set data.public.path, or give Federation.of(..., public=rows).",
+        )
+    cohort, labels = recipe.cohort_size(len(federation.client_ids)), labels_of(federation, recipe)
+    learner = build_learner(recipe, labels, method.adapter())
+    plain = plain_names(recipe, learner, method)
+    train = method.train
     measured = [client for client in federation.client_ids if federation.size(client, "eval")]
     if recipe.evaluation.clients is not None and recipe.evaluation.clients < len(measured):
         stream = numpy_stream(recipe.seed, "measured")
         measured = sorted(stream.choice(measured, recipe.evaluation.clients, replace=False).tolist())
-    warnings = [*federation.warnings, *learner.notes]
-    return Ground(
-        recipe, federation, learner, choose(recipe.cohort_width, learner, federation, train, cohort), measured, warnings
-    )
+    roster, learners = groups_of(recipe, federation, labels, method)
+    notes = [note for each in (learner, *learners.values()) for note in each.notes]
+    width = choose(recipe.cohort_width, learner, federation, train, cohort)
+    warnings = [*federation.warnings, *dict.fromkeys(notes)]
+    left = frozenset(learner.initial()) - plain
+    return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left)
 
 
-def build_learner(recipe: Recipe, labels: Sequence[str] | None) -> TransformerLearner:
-    """The base model with its adapter and task."""
+def build_learner(
+    recipe: Recipe, labels: Sequence[str] | None, extra: Mapping[str, Any] | None = None
+) -> TransformerLearner:
+    """The base model with its adapter (and what a method asks of it) and its task."""
     from fedllm.models.load import load_model
 
     loaded = load_model(recipe.model, recipe.task.kind, labels=labels, seed=recipe.seed)
-    return TransformerLearner(loaded, recipe.task, recipe.adapter, labels, recipe.seed)
+    adapter = read(AdapterSettings, merge(recipe.adapter.model_dump(exclude_unset=True), dict(extra or {})), "adapter")
+    return TransformerLearner(loaded, recipe.task, adapter, labels, recipe.seed)
+
+
+def plain_names(recipe: Recipe, learner: TransformerLearner, method: Method) -> frozenset[str]:
+    """The trainable tensors that the recipe's own adapter has, without what the method added."""
+    if not method.adapter():
+        return frozenset(learner.initial())
+    from fedllm.models.adapters.attach import Adapted
+
+    plain = Adapted(learner.loaded, recipe.adapter, recipe.seed)
+    plain.remove()
+    return frozenset(plain.initial())
+
+
+def groups_of(
+    recipe: Recipe, federation: Federation, labels: Sequence[str] | None, method: Method
+) -> tuple[dict[str, Group], dict[str, TransformerLearner]]:
+    """Every client's group, and the models of those groups that have one of their own."""
+    groups: dict[str, Group] = {}
+    learners: dict[str, TransformerLearner] = {}
+    for name, group in recipe.groups.items():
+        own = merge(recipe.adapter.model_dump(exclude_unset=True), group.adapter)
+        adapter = read(AdapterSettings, own, f"groups.{name}.adapter")
+        rank = adapter.rank if adapter.kind == "lora" else None
+        groups[name] = Group(name, rank, group.device)
+        if group.model:
+            _may_mix(method, "models", f"groups.{name}.model")
+            model = read(ModelSettings, merge(recipe.model.model_dump(exclude_unset=True), group.model), "model")
+            other = recipe.model_copy(update={"model": model, "adapter": adapter})
+            learners[name] = build_learner(other, labels, method.adapter())
+        elif adapter.model_copy(update={"rank": recipe.adapter.rank}) != recipe.adapter:
+            raise ConfigError(
+                f"groups.{name}.adapter differs from the recipe's in more than its rank.",
+                "Clients that share a model share the kind of adapter.",
+                action=f"Give groups.{name} a model of its own, or only a rank.",
+            )
+        elif adapter.rank > recipe.adapter.rank:
+            raise ConfigError(
+                f"groups.{name}.adapter.rank={adapter.rank} is above adapter.rank={recipe.adapter.rank}.",
+                "The recipe's rank is the largest; groups have smaller ones.",
+                action=f"Set adapter.rank={adapter.rank}.",
+            )
+        elif adapter.rank != recipe.adapter.rank:
+            _may_mix(method, "ranks", f"groups.{name}.adapter.rank")
+    if not groups:
+        return {}, {}
+    shares = {n: g.clients if g.clients is not None else g.share or 0.0 for n, g in recipe.groups.items()}
+    return assign(federation.client_ids, groups, shares, recipe.seed), learners
+
+
+def _may_mix(method: Method, what: Literal["ranks", "models"], where: str) -> None:
+    if what not in method.mixes and method.key not in ("local", "central"):
+        raise ConfigError(
+            f"{where} is given, and the method {method.key} needs the same {what} at every client.",
+            f"Methods for different {what}: {', '.join(k for k, m in methods().items() if what in m.mixes) or 'none'}.",
+            action="Choose one of them, or leave the option out.",
+        )
 
 
 def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
@@ -278,13 +362,14 @@ class Leg:
         self.name, self.method, self.ground, self.folder, self.watch = name, method, ground, folder, watch
         recipe = ground.recipe
         private = folder.private(name) if folder else None
-        self.worker = LocalWorker(ground.learner, method, Pooled(ground.federation), recipe.seed, private, debug)
+        self.worker = ground.worker(method, private, debug)
         engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width.clients)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds)
         start = ground.learner.initial()
-        self.frozen: Tensors = {n: t for n, t in start.items() if not method.trainable(n)}
+        moves = {n for n in start if method.trainable(n) and n not in self.worker.left}
+        self.frozen: Tensors = {n: t for n, t in start.items() if n not in moves}
         self.cohort = recipe.cohort_size(len(ground.federation.client_ids))
-        first = method.init({n: t for n, t in start.items() if method.trainable(n)})
+        first = method.init({n: t for n, t in start.items() if n in moves})
         self.state = State(first.params, first.memory, {**first.numbers, "cohort": self.cohort}, 0)
         self.counts: dict[str, dict[str, float]] = {}
         self.unmeasured: list[dict[str, str]] = []
@@ -429,7 +514,7 @@ def with_gains(ground: Ground, rows: list[dict[str, Any]]) -> list[dict[str, Any
 def base_row(ground: Ground) -> dict[str, Any]:
     """The base model, measured at the same clients."""
     method = method_of(ground.recipe, "fedavg")
-    worker = LocalWorker(ground.learner, method, ground.federation, ground.recipe.seed)
+    worker = ground.worker(method)
     server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width.clients), ground.recipe.seed)
 
     async def ask() -> dict[str, dict[str, float]]:

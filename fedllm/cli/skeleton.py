@@ -14,6 +14,7 @@ from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.reducer import Mean, Reducers, Update
+from fedllm.core.roster import Member
 from fedllm.core.state import State
 from fedllm.core.tensors import add
 from fedllm.core.work import Client
@@ -34,7 +35,7 @@ $own_key    card = Card(
     server_lr: float = Field(1.0, gt=0)
     """The mean change of the clients is multiplied by this."""
 
-    def distribute(self, state: State, client: str) -> Received:
+    def distribute(self, state: State, client: Member) -> Received:
         """Server: what this client receives."""
         return Received(state.params)
 

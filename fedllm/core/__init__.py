@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedllm.core.method import Method, on_client
     from fedllm.core.protocol import Protocol
     from fedllm.core.reducer import Collect, Mean, OwnedMean, Reducer, Update
+    from fedllm.core.roster import Group, Member
     from fedllm.core.server import Server
     from fedllm.core.state import CollectMore, State
     from fedllm.core.tensors import Tensors
@@ -38,7 +39,9 @@ __all__ = [
     "Collect",
     "CollectMore",
     "Dense",
+    "Group",
     "Mean",
+    "Member",
     "Message",
     "Method",
     "Owned",
@@ -68,7 +71,9 @@ _MODULES = {
     "Collect": "reducer",
     "CollectMore": "state",
     "Dense": "message",
+    "Group": "roster",
     "Mean": "reducer",
+    "Member": "roster",
     "Message": "message",
     "Method": "method",
     "Owned": "message",

@@ -9,7 +9,7 @@ the string below each. Defaults here are federated averaging (McMahan et al., AI
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy
 from pydantic import BaseModel, ConfigDict
@@ -18,10 +18,14 @@ from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.reducer import Mean, Reducer, Reducers, Update, Weighting
 from fedllm.core.registry import register
+from fedllm.core.roster import Member
 from fedllm.core.state import CollectMore, State
 from fedllm.core.tensors import Tensors, add
 from fedllm.core.train import Train
 from fedllm.core.work import Client
+
+if TYPE_CHECKING:
+    from fedllm.core.server import Server
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,6 +47,10 @@ class Method(BaseModel):
     """Names a client may keep in its private store; nothing under them is ever uploaded."""
     adapters: ClassVar[tuple[str, ...]] = ()
     """Adapter kinds it needs; empty where any will do."""
+    mixes: ClassVar[tuple[Literal["ranks", "models"], ...]] = ()
+    """In what the groups of a run may differ: the ranks of their LoRA, their models."""
+    public: ClassVar[bool] = False
+    """Whether it needs public rows (the recipe's `data.public`)."""
 
     train: Train = Train()  # pyright: ignore[reportCallIssue]
     """Local training (the recipe's section `train`)."""
@@ -62,9 +70,17 @@ class Method(BaseModel):
         """Whether the trainable tensor `name` moves and travels; the others stay at their first value everywhere."""
         return True
 
+    def adapter(self) -> dict[str, Any]:
+        """What it needs of the recipe's section `adapter` beyond what the recipe says: options and their values."""
+        return {}
+
     def init(self, start: Tensors) -> State:
         """The first state; `start` is the learner's first values of the tensors that are trainable."""
         return State(start)
+
+    async def prepare(self, server: Server, state: State) -> State:
+        """Once, before the first round: whatever has to be asked of clients first; repeated where round 1 is."""
+        return state
 
     def cohort(self, round: int, clients: Sequence[str], size: int, rng: numpy.random.Generator) -> list[str]:
         """Which clients are asked this round: `size` of them, uniformly, without replacement."""
@@ -72,7 +88,7 @@ class Method(BaseModel):
             return list(clients)
         return sorted(str(clients[i]) for i in rng.choice(len(clients), size=size, replace=False))
 
-    def distribute(self, state: State, client: str) -> Received:
+    def distribute(self, state: State, client: Member) -> Received:
         """What this client receives."""
         return Received(state.params)
 
@@ -94,6 +110,10 @@ class Method(BaseModel):
     def finalize(self, state: State, update: Update) -> State | CollectMore:
         """How the state changes."""
         return state.with_(add(state.params, update.params))
+
+    async def refine(self, server: Server, state: State) -> State:
+        """After a round is committed: training at the server, on public data (ask the pseudo-client `server`)."""
+        return state
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from fedllm.core.errors import ConfigError, DecodeError, UploadRejected
 from fedllm.core.message import Received, Upload
 from fedllm.core.meter import Meter
+from fedllm.core.roster import Group, Member
 from fedllm.core.seeds import derive
 from fedllm.core.state import State
 from fedllm.core.tensors import finite
@@ -34,6 +35,8 @@ class Request:
         rounds: rounds of the run.
         population: registered clients.
         body: an encoded :class:`~fedllm.core.message.Received`.
+        turn: how often this client was asked before in this round.
+        session: the conversation this goes on with; None opens one.
     """
 
     id: str
@@ -43,13 +46,15 @@ class Request:
     rounds: int
     population: int
     body: bytes
+    turn: int = 0
+    session: str | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
     """An answer: the encoded upload, or the reason why there is none.
 
-    `cost` is what the client spent: tokens, steps, seconds.
+    `cost` is what the client spent: tokens, steps, seconds. `session` is set while the client waits for an answer.
     """
 
     id: str
@@ -57,6 +62,7 @@ class Reply:
     body: bytes | None
     error: str | None = None
     cost: Mapping[str, float] = field(default_factory=dict)
+    session: str | None = None
 
 
 class Engine(Protocol):
@@ -67,6 +73,10 @@ class Engine(Protocol):
         """The registered clients, sorted."""
         ...
 
+    def group(self, client: str) -> Group:
+        """The group of a registered client."""
+        ...
+
     def ask(self, requests: Iterable[Request], deadline: float | None) -> AsyncGenerator[Reply, None]:
         """Stream replies: one for every request. Closing the stream early cancels what is still under way.
 
@@ -74,6 +84,10 @@ class Engine(Protocol):
             requests: read lazily, so that payloads need not lie in memory together.
             deadline: seconds after which a client that has not answered is answered for with an error.
         """
+        ...
+
+    def close(self, sessions: Sequence[str]) -> None:
+        """End these conversations: the clients' coroutines, and all they hold, are freed."""
         ...
 
     def drop(self, client: str) -> None:
@@ -95,10 +109,11 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """One accepted upload."""
+    """One accepted upload; `session` is set where the client waits for :meth:`Server.reply`."""
 
     client: str
     upload: Upload
+    session: str | None = None
 
 
 @dataclass
@@ -118,6 +133,8 @@ class Server:
     lost: list[dict[str, str]] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
     keep: Callable[[State], None] = lambda state: None
+    turn: int = 0
+    _open: dict[str, tuple[str, str]] = field(default_factory=dict)
     _accepted: list[str] = field(default_factory=list)
     _asked: int = 0
 
@@ -125,6 +142,10 @@ class Server:
     def clients(self) -> Sequence[str]:
         """The ids of all registered clients, sorted."""
         return self.engine.client_ids
+
+    def member(self, client: str) -> Member:
+        """A registered client with its group."""
+        return Member(client, self.engine.group(client))
 
     async def ask(
         self,
@@ -148,20 +169,66 @@ class Server:
         if not getattr(function, "__on_client__", False):
             raise ConfigError(f"'{op}' is not a client-side function.", action="Mark it with @on_client.")
         pairs: Iterable[tuple[str, Received]] = payloads.items() if isinstance(payloads, Mapping) else payloads  # pyright: ignore[reportAssignmentType]
-        replies, accepted = self.engine.ask(self._requests(op, pairs), deadline), 0
+        async with aclosing(
+            self._stream(self._requests((op, c, r, None) for c, r in pairs), deadline, enough)
+        ) as found:
+            async for answer in found:
+                yield answer
+
+    async def reply(
+        self, payloads: Mapping[str, Received], deadline: float | None = None, enough: int | None = None
+    ) -> AsyncIterator[Answer]:
+        """Answer clients that wait in a session: session -> what they receive; yields what they say next.
+
+        A session that fails, is late or whose upload is refused is over: the client is in `lost` or `rejected`.
+        """
+        unknown = next((session for session in payloads if session not in self._open), None)
+        if unknown is not None:
+            raise ConfigError(f"There is no open session '{unknown}'.", "It may have ended, failed or been closed.")
+        triples = [(*self._open.pop(session), session, received) for session, received in payloads.items()]
+        requests = self._requests((op, client, received, session) for client, op, session, received in triples)
+        async with aclosing(self._stream(requests, deadline, enough)) as found:
+            async for answer in found:
+                yield answer
+
+    def close(self, sessions: Sequence[str]) -> None:
+        """End conversations: what the clients hold for them is freed and their turn counts for nothing."""
+        for session in sessions:
+            self._open.pop(session, None)
+        self.engine.close(sessions)
+
+    async def _stream(
+        self, requests: Iterator[Request], deadline: float | None, enough: int | None
+    ) -> AsyncGenerator[Answer, None]:
+        names: dict[str, str] = {}
+
+        def noted() -> Iterator[Request]:
+            for request in requests:
+                names[request.id] = request.op
+                yield request
+
+        replies, accepted = self.engine.ask(noted(), deadline), 0
         async with aclosing(replies):
             async for reply in replies:
+                op = names.get(reply.id, "")
                 upload = self._receive(op, reply)
-                if upload is not None:
+                if upload is None:
+                    if reply.session is not None:
+                        self.engine.close([reply.session])
+                    continue
+                if reply.session is None:
                     self._accepted.append(reply.client)
-                    yield Answer(reply.client, upload)
-                    accepted += 1
-                    if accepted == enough:
-                        return
+                else:
+                    self._open[reply.session] = (reply.client, op)
+                yield Answer(reply.client, upload, reply.session)
+                accepted += 1
+                if accepted == enough:
+                    return
 
     def reject(self, client: str, reason: str) -> None:
         """Take back an accepted answer that turned out unusable (wrong names or shapes)."""
-        self._accepted.remove(client)
+        if client in self._accepted:
+            self._accepted.remove(client)
         self._refuse(client, reason)
 
     def _refuse(self, client: str, reason: str) -> None:
@@ -170,7 +237,7 @@ class Server:
 
     def begin(self, round: int) -> None:
         """Begin a round or a measurement: from here on `lost` and `rejected` are counted."""
-        self.round, self.lost, self.rejected = round, [], []
+        self.round, self.turn, self.lost, self.rejected = round, 0, [], []
 
     def settle(self, commit: bool = True) -> None:
         """End of a round or phase: keep (or roll back) the private stores of the clients whose answers were used."""
@@ -183,13 +250,14 @@ class Server:
         self._accepted = []
         self.keep(state)
 
-    def _requests(self, op: str, pairs: Iterable[tuple[str, Received]]) -> Iterator[Request]:
-        for client, received in pairs:
+    def _requests(self, asked: Iterable[tuple[str, str, Received, str | None]]) -> Iterator[Request]:
+        for op, client, received, session in asked:
             body = encode(received)
             self.meter.sent(op, "down", size_by_part(body))
             self._asked += 1
             name = f"{self.round}-{op}-{client}-{derive(self.seed, 'request', self._asked):016x}"
-            yield Request(name, client, op, self.round, self.rounds, len(self.clients), body)
+            place = self.round, self.rounds, len(self.clients)
+            yield Request(name, client, op, *place, body, self.turn, session)
 
     def _receive(self, op: str, reply: Reply) -> Upload | None:
         self.meter.tokens += int(reply.cost.get("tokens", 0))

@@ -42,6 +42,15 @@ class State:
 
 @dataclass(frozen=True)
 class CollectMore:
-    """`finalize` is not ready to commit: ask `clients` more clients (None: as many again), then finalize again."""
+    """`finalize` is not ready to commit: more uploads are collected, then it is asked again with all of them.
+
+    Attributes:
+        clients: how many more clients (None: as many again).
+        again: ask the same clients once more instead of others; their `turn` rises, and what a
+            :class:`~fedllm.core.reducer.Collect` reducer holds of turn t > 0 is named `CLIENT@t`.
+        numbers: shown to `distribute` in `state.numbers` for this collection only.
+    """
 
     clients: int | None = None
+    again: bool = False
+    numbers: dict[str, Json] = field(default_factory=dict)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy
 import torch
 
-from fedllm.core.message import Json
+from fedllm.core.message import Json, Received, Upload
+from fedllm.core.roster import Group
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 
+Row = Mapping[str, Any]
+Terms = Sequence[tuple[float, Tensors]]
+"""(weight, tensors that stand in for those of the same name): the loss is the weighted sum over the terms."""
 Penalty = Callable[..., torch.Tensor]
 """penalty(params, start=..., **given) -> scalar: added to one client's loss. Written for one client."""
 Correction = Callable[..., Tensors]
@@ -34,6 +38,20 @@ class Fit:
     given: dict[str, Tensors] = field(default_factory=dict)
     """Further trees handed to penalty and correction by name."""
     split: str = "train"
+    fixed: Tensors | None = None
+    """Tensors the model runs with that do not move."""
+    terms: Terms | None = None
+    """None: the loss of the model as it is."""
+    rows: Sequence[Row] | None = None
+    """Rows to train on in place of a split."""
+    targets: Sequence[torch.Tensor] | None = None
+    """One tensor of logits per row, for a loss that is not the task's."""
+    loss: Literal["task", "mae", "mse", "kl"] = "task"
+    """The task's loss on labels, or mean absolute error, mean squared error, KL divergence to `targets`."""
+    moments: Tensors | None = None
+    """The optimiser's memory to go on from ({}: begin one and report it); None begins afresh and forgets."""
+    begun: int | None = None
+    """Steps already taken of one endless stream of batches; None draws a fresh order every round."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,8 @@ class Gradient:
 
     params: Tensors
     split: str = "train"
+    fixed: Tensors | None = None
+    rows: Sequence[Row] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,26 @@ class Score:
 
     params: Tensors | None
     split: str = "eval"
+    fixed: Tensors | None = None
+    rows: Sequence[Row] | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The logits of some rows, in their order: [C] for classes, [labels, V] for language models."""
+
+    params: Tensors | None
+    rows: Sequence[Row]
+    fixed: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden states of some rows as one batch: one tensor [rows, T, H] per layer, embeddings first."""
+
+    params: Tensors | None
+    rows: Sequence[Row]
+    fixed: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +110,14 @@ class Embed:
     texts: tuple[str, ...]
 
 
-Request = Fit | Gradient | Score | Generate | Embed
+Request = Fit | Gradient | Score | Outputs | Hidden | Generate | Embed
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Give `upload` to the server and wait for what it sends in this session; see `Client.exchange`."""
+
+    upload: Upload
 
 
 @dataclass(frozen=True)
@@ -85,6 +132,7 @@ class FitReport:
         loss: name -> (sum, n) form of the mean training loss: (sum over labelled tokens or examples, their number).
         examples: examples seen, repetitions counted.
         tokens: tokens seen, padding not counted.
+        moments: the optimiser's memory, where the request gave one: `KEY.NAME` tensors and the scalar `step`.
     """
 
     params: Tensors
@@ -94,6 +142,7 @@ class FitReport:
     loss: tuple[float, float]
     examples: int
     tokens: int
+    moments: Tensors | None = None
 
     @property
     def metrics(self) -> dict[str, tuple[float, float]]:
@@ -117,10 +166,10 @@ class ScoreReport:
 class Asked:
     """An awaitable that hands `request` to the driver and resolves to its result."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request | Exchange) -> None:
         self.request = request
 
-    def __await__(self) -> Generator[Request, Any, Any]:
+    def __await__(self) -> Generator[Request | Exchange, Any, Any]:
         return (yield self.request)
 
 
@@ -134,6 +183,8 @@ class Client(Protocol):
         rounds: the number of rounds of the run.
         population: how many clients are registered.
         private: its private store, kept between rounds and never sent; only the names declared in `Method.private`.
+        group: its group: model, rank, device class.
+        turn: how often it was asked before in this round (see :class:`~fedllm.core.state.CollectMore`).
     """
 
     id: str
@@ -142,6 +193,12 @@ class Client(Protocol):
     rounds: int
     population: int
     private: MutableMapping[str, Tensors | Json]
+    group: Group
+    turn: int
+
+    def initial(self) -> Tensors:
+        """First values of the trainable tensors of this client's own model; new tensors."""
+        ...
 
     def rng(self, purpose: str) -> numpy.random.Generator:
         """A random stream of this client, this round and `purpose`."""
@@ -157,17 +214,60 @@ class Client(Protocol):
         train: Train,
         penalty: Penalty | None = None,
         correction: Correction | None = None,
+        *,
+        split: str = "train",
+        fixed: Tensors | None = None,
+        terms: Terms | None = None,
+        rows: Sequence[Row] | None = None,
+        targets: Sequence[torch.Tensor] | None = None,
+        loss: Literal["task", "mae", "mse", "kl"] = "task",
+        moments: Tensors | None = None,
+        begun: int | None = None,
         **given: Tensors,
     ) -> FitReport:
         """Train from `start`; see :class:`Fit`."""
         ...
 
-    async def gradient(self, params: Tensors) -> tuple[Tensors, tuple[float, float]]:
-        """The full-data gradient at `params` and the loss as (sum, n)."""
+    async def gradient(
+        self,
+        params: Tensors,
+        *,
+        split: str = "train",
+        fixed: Tensors | None = None,
+        rows: Sequence[Row] | None = None,
+    ) -> tuple[Tensors, tuple[float, float]]:
+        """The gradient of the mean loss over a split (or `rows`) at `params`, and the loss as (sum, n)."""
         ...
 
-    async def score(self, params: Tensors | None, split: str = "eval") -> ScoreReport:
+    async def score(
+        self,
+        params: Tensors | None,
+        split: str = "eval",
+        *,
+        fixed: Tensors | None = None,
+        rows: Sequence[Row] | None = None,
+    ) -> ScoreReport:
         """Measure; see :class:`Score`."""
+        ...
+
+    async def outputs(
+        self, params: Tensors | None, rows: Sequence[Row], *, fixed: Tensors | None = None
+    ) -> list[torch.Tensor]:
+        """Logits per row; see :class:`Outputs`."""
+        ...
+
+    async def hidden(
+        self, params: Tensors | None, rows: Sequence[Row], *, fixed: Tensors | None = None
+    ) -> list[torch.Tensor]:
+        """Hidden states per layer; see :class:`Hidden`."""
+        ...
+
+    async def exchange(self, upload: Upload) -> Received:
+        """Give `upload` to the server and wait for its answer; what this coroutine holds stays alive meanwhile.
+
+        The server sees an answer with a session and goes on with :meth:`fedllm.core.server.Server.reply`. Raises
+        GeneratorExit inside the coroutine where the server closes the session or does not answer in time.
+        """
         ...
 
     async def generate(
@@ -190,12 +290,14 @@ class Example:
         labels: what is to be predicted: token ids with -100 where nothing is, a class number, tag numbers.
         tokens: real input tokens.
         targets: how many labels count (the n of its loss).
+        soft: logits to learn from in place of the labels, where a request gave some.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     tokens: int
     targets: int
+    soft: torch.Tensor | None = None
 
 
 Groups = Sequence[Sequence[Example]]
@@ -237,6 +339,14 @@ class Learner(Protocol):
 
     def counts_by_row(self, groups: Groups) -> list[dict[str, float]]:
         """Inside :meth:`using`: additive counts of every example, client after client."""
+        ...
+
+    def outputs(self, groups: Groups) -> list[torch.Tensor]:
+        """Inside :meth:`using`: differentiable logits of every example, client after client."""
+        ...
+
+    def hidden(self, groups: Groups) -> list[torch.Tensor]:
+        """Inside :meth:`using`: per layer the hidden states of all examples, [rows, T, H], 0 at padding."""
         ...
 
     def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:

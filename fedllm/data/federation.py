@@ -16,10 +16,11 @@ from typing import Any, overload
 import numpy
 
 from fedllm.core.errors import ConfigError, DataError, nearest
+from fedllm.core.roster import SERVER
 from fedllm.core.seeds import numpy_stream
 from fedllm.data.load import Row, Rows, arrange, load_rows, with_roles
 from fedllm.data.partition import client_id, partition
-from fedllm.data.settings import DataSettings, EvaluationSplit
+from fedllm.data.settings import DataSettings, EvaluationSplit, PartitionSettings
 
 SPLITS = ("train", "eval")
 LABELS = ("label", "tags")
@@ -61,13 +62,17 @@ class Federation:
         label_column: str | None = None,
         labels: Callable[[], list[Any]] | None = None,
         warnings: Sequence[str] = (),
+        public: Sequence[Row] = (),
     ) -> None:
         self.client_ids = sorted(client_ids)
         if not self.client_ids:
             raise DataError("The data has no clients.", "At least one client is needed.")
+        if SERVER in self.client_ids:
+            raise DataError(f"A client is called '{SERVER}'.", "That is the name of the server.", action="Rename it.")
         self._read, self._size, self._find_labels = read, size, labels
         self.names = {client: (names or {}).get(client, client) for client in self.client_ids}
         self.label_column, self.warnings = label_column, list(warnings)
+        self.public = public
 
     @classmethod
     def build(cls, settings: DataSettings, seed: int, data: Any = None) -> Federation:
@@ -97,13 +102,17 @@ class Federation:
             label,
             (lambda: rows.distinct(label)) if label is not None else None,
             [*rows.notes, *dropped, *held.notes(parts)],
+            _public(settings, seed),
         )
 
     @classmethod
     def of(
-        cls, clients: Mapping[str, Mapping[str, Sequence[Row]]], names: Mapping[str, str] | None = None
+        cls,
+        clients: Mapping[str, Mapping[str, Sequence[Row]]],
+        names: Mapping[str, str] | None = None,
+        public: Sequence[Row] = (),
     ) -> Federation:
-        """Clients in memory: client id -> {"train": rows, "eval": rows}; either may be left out."""
+        """Clients in memory: client id -> {"train": rows, "eval": rows}; either may be left out. `public`: for all."""
         for client, splits in clients.items():
             wrong = next((name for name in splits if name not in SPLITS), None)
             if wrong is not None:
@@ -117,6 +126,7 @@ class Federation:
             names=names,
             label_column=label,
             warnings=[f"{_count(idle)} no training rows: {_listed(idle)}."] if idle else [],
+            public=public,
         )
 
     @classmethod
@@ -164,12 +174,16 @@ class Federation:
         return cls(source, read, names=names, label_column=next((name for name in LABELS if name in first), None))
 
     def size(self, client_id: str, split: str = "train") -> int:
-        """Rows of one client's split."""
+        """Rows of one client's split; the pseudo-client `server` holds the public rows for training."""
+        if client_id == SERVER:
+            return len(self.public) if split == "train" else 0
         self._check(client_id, split)
         return len(self._read(client_id, split)) if self._size is None else self._size(client_id, split)
 
     def rows(self, client_id: str, split: str = "train") -> Sequence[Row]:
         """One client's rows; each is read when it is looked at."""
+        if client_id == SERVER:
+            return self.public if split == "train" else ()
         self._check(client_id, split)
         return self._read(client_id, split)
 
@@ -186,13 +200,15 @@ class Federation:
 
     @functools.cached_property
     def labels(self) -> list[Any] | None:
-        """The sorted values of the label column over all rows, lists taken apart; None without such a column."""
+        """The sorted values of the label column over all rows, the public ones too; None without such a column.
+
+        A value that is a list is taken apart.
+        """
         if self.label_column is None:
             return None
-        if self._find_labels is not None:
-            return self._find_labels()
-        found: set[Any] = set()
-        for row in itertools.chain(self.pooled("train"), self.pooled("eval")):
+        found: set[Any] = set(self._find_labels() if self._find_labels is not None else ())
+        rest = () if self._find_labels is not None else (self.pooled("train"), self.pooled("eval"))
+        for row in itertools.chain(*rest, self.public):
             value = row.get(self.label_column)
             found.update(value if isinstance(value, list | tuple) else (value,))
         return sorted(found - {None}, key=lambda value: (type(value).__name__, value))
@@ -302,6 +318,17 @@ class Chained(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return itertools.chain.from_iterable(self._pieces)
+
+
+def _public(settings: DataSettings, seed: int) -> Sequence[Row]:
+    """The public rows that the settings name."""
+    public = settings.public
+    if public is None:
+        return ()
+    one = PartitionSettings(by="iid", clients=1)
+    where = DataSettings(path=public.path, columns=public.columns, limit=public.limit, partition=one)
+    rows = load_rows(where, seed)
+    return rows.take(numpy.arange(len(rows)))
 
 
 def _label_column(columns: Sequence[str], settings: DataSettings, rows: Rows) -> str | None:

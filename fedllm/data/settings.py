@@ -128,6 +128,17 @@ class EvaluationSplit(_Part):
         return self.column is not None or self.path is not None
 
 
+class PublicData(_Part):
+    """Rows that anybody may read: the same at every client and at the server."""
+
+    path: str
+    """A file, a folder or a pattern, as for `data.path`."""
+    columns: dict[str, str] = {}
+    """Role: column of the public rows."""
+    limit: int | None = Field(None, ge=1)
+    """Most public rows (seeded choice)."""
+
+
 class DataSettings(_Part):
     """Whose data a run uses."""
 
@@ -156,6 +167,8 @@ class DataSettings(_Part):
     """What is held out of any other data."""
     partition: PartitionSettings = PartitionSettings()
     """How rows become clients."""
+    public: PublicData | None = None
+    """Public rows, for methods that need some; null for none."""
 
     @model_validator(mode="before")
     @classmethod

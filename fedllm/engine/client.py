@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import torch
 
+from fedllm.core.message import Received, Upload
+from fedllm.core.roster import ALL, Group
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
@@ -16,13 +18,18 @@ from fedllm.core.work import (
     Asked,
     Correction,
     Embed,
+    Exchange,
     Fit,
     FitReport,
     Generate,
     Gradient,
+    Hidden,
+    Outputs,
     Penalty,
+    Row,
     Score,
     ScoreReport,
+    Terms,
 )
 from fedllm.engine.private import PrivateView
 
@@ -39,10 +46,17 @@ class TurnClient:
     private: PrivateView
     seed: int
     read: Callable[[str], Sequence[Mapping[str, Any]]]
+    first: Callable[[], Tensors]
+    group: Group = ALL
+    turn: int = 0
+
+    def initial(self) -> Tensors:
+        """First values of the trainable tensors of this client's own model."""
+        return self.first()
 
     def rng(self, purpose: str) -> numpy.random.Generator:
-        """A random stream of this client, this round and `purpose`."""
-        return numpy_stream(self.seed, "client", self.id, self.round, purpose)
+        """A random stream of this client, this round (and turn) and `purpose`."""
+        return numpy_stream(self.seed, "client", self.id, self.round, purpose, *([self.turn] if self.turn else []))
 
     def rows(self, split: str = "train") -> Sequence[Mapping[str, Any]]:
         """The client's rows, as loaded."""
@@ -54,18 +68,58 @@ class TurnClient:
         train: Train,
         penalty: Penalty | None = None,
         correction: Correction | None = None,
+        *,
+        split: str = "train",
+        fixed: Tensors | None = None,
+        terms: Terms | None = None,
+        rows: Sequence[Row] | None = None,
+        targets: Sequence[torch.Tensor] | None = None,
+        loss: Literal["task", "mae", "mse", "kl"] = "task",
+        moments: Tensors | None = None,
+        begun: int | None = None,
         **given: Tensors,
     ) -> FitReport:
         """Train from `start`; see :class:`fedllm.core.work.Fit`."""
-        return await Asked(Fit(start, train, penalty, correction, given))
+        where = split, fixed, terms, rows, targets, loss, moments, begun
+        return await Asked(Fit(start, train, penalty, correction, given, *where))
 
-    async def gradient(self, params: Tensors) -> tuple[Tensors, tuple[float, float]]:
-        """The full-data gradient at `params` and the loss as (sum, n)."""
-        return await Asked(Gradient(params))
+    async def gradient(
+        self,
+        params: Tensors,
+        *,
+        split: str = "train",
+        fixed: Tensors | None = None,
+        rows: Sequence[Row] | None = None,
+    ) -> tuple[Tensors, tuple[float, float]]:
+        """The gradient of the mean loss over a split (or `rows`) at `params`, and the loss as (sum, n)."""
+        return await Asked(Gradient(params, split, fixed, rows))
 
-    async def score(self, params: Tensors | None, split: str = "eval") -> ScoreReport:
-        """Measure `params` on a split."""
-        return await Asked(Score(params, split))
+    async def score(
+        self,
+        params: Tensors | None,
+        split: str = "eval",
+        *,
+        fixed: Tensors | None = None,
+        rows: Sequence[Row] | None = None,
+    ) -> ScoreReport:
+        """Measure `params` on a split (or `rows`)."""
+        return await Asked(Score(params, split, fixed, rows))
+
+    async def outputs(
+        self, params: Tensors | None, rows: Sequence[Row], *, fixed: Tensors | None = None
+    ) -> list[torch.Tensor]:
+        """Logits per row."""
+        return await Asked(Outputs(params, rows, fixed))
+
+    async def hidden(
+        self, params: Tensors | None, rows: Sequence[Row], *, fixed: Tensors | None = None
+    ) -> list[torch.Tensor]:
+        """Hidden states per layer."""
+        return await Asked(Hidden(params, rows, fixed))
+
+    async def exchange(self, upload: Upload) -> Received:
+        """Give `upload` to the server and wait for its answer in this session."""
+        return await Asked(Exchange(upload))
 
     async def generate(
         self, params: Tensors | None, prompts: Sequence[str], max_tokens: int = 64, temperature: float = 0.0

@@ -9,47 +9,61 @@ from typing import Any
 import torch
 
 from fedllm.core.errors import ConfigError, ModelError
-from fedllm.core.message import Upload
-from fedllm.core.work import FitReport, Learner, Request
+from fedllm.core.message import Received, Upload
+from fedllm.core.work import Exchange, FitReport, Learner, Request
 from fedllm.engine.together import Job, alike, run_together
 
 
 @dataclass
 class Turn:
-    """One client's turn: its coroutine, how to make a job of what it asks, the request it answers, its costs."""
+    """One client's turn: its coroutine, how to make a job of what it asks, the request it answers, its costs.
+
+    `learner` is the model of the client's group (None: the driver's). In a conversation `session` is its id, `answer`
+    what the server said last, and `client_view` what the client half sees, whose round goes on with the run's.
+    """
 
     client: str
     coroutine: Coroutine[Any, Any, Upload]
     job: Callable[[Request], Job]
     id: str = ""
     cost: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "steps": 0.0})
+    learner: Learner | None = None
+    answer: Received | None = None
+    session: str | None = None
+    client_view: Any = None
 
 
-Outcome = Upload | BaseException
+Outcome = Upload | Exchange | BaseException
+"""What a turn came to: its upload, an upload in the middle of a conversation, or an error."""
 
 
 def drive(turns: list[Turn], learner: Learner) -> Iterator[tuple[Turn, Outcome]]:
-    """Run all turns to their end; yields each with its upload or the error it ended with."""
+    """Run all turns to their end, or to where they wait for the server; yields each with what it came to."""
     waiting: list[tuple[Turn, Job]] = []
+    paused: set[int] = set()
     try:
         for turn in turns:
-            yield from _advance(turn, None, waiting)
+            yield from _advance(turn, turn.answer, waiting, paused)
         while waiting:
-            key = alike(waiting[0][1])
-            group = [pair for pair in waiting if alike(pair[1]) == key]
-            if learner.width_limit is not None:
-                group = group[: learner.width_limit]
+            first = waiting[0]
+            key, model = alike(first[1]), first[0].learner or learner
+            group = [(t, job) for t, job in waiting if (t.learner or learner) is model and alike(job) == key]
+            if model.width_limit is not None:
+                group = group[: model.width_limit]
             taken = {id(turn) for turn, _ in group}
             waiting = [pair for pair in waiting if id(pair[0]) not in taken]
-            for (turn, _), result in zip(group, _run(learner, [job for _, job in group]), strict=True):
-                yield from _advance(turn, result, waiting)
-    finally:  # also where the caller stops early: no coroutine is left open
+            for (turn, _), result in zip(group, _run(model, [job for _, job in group]), strict=True):
+                yield from _advance(turn, result, waiting, paused)
+    finally:  # also where the caller stops early: no coroutine is left open but those that wait for the server
         for turn in turns:
-            turn.coroutine.close()
+            if id(turn) not in paused:
+                turn.coroutine.close()
 
 
-def _advance(turn: Turn, result: Any, waiting: list[tuple[Turn, Job]]) -> Iterator[tuple[Turn, Outcome]]:
-    """Resume a coroutine with `result`; it either asks for more work or is done."""
+def _advance(
+    turn: Turn, result: Any, waiting: list[tuple[Turn, Job]], paused: set[int]
+) -> Iterator[tuple[Turn, Outcome]]:
+    """Resume a coroutine with `result`; it asks for more work, waits for the server, or is done."""
     if isinstance(result, FitReport):
         turn.cost["tokens"] += result.tokens
         turn.cost["steps"] += result.steps
@@ -57,17 +71,24 @@ def _advance(turn: Turn, result: Any, waiting: list[tuple[Turn, Job]]) -> Iterat
         with torch.enable_grad():
             failed = isinstance(result, BaseException)
             asked = turn.coroutine.throw(result) if failed else turn.coroutine.send(result)
-            if not isinstance(asked, Request):
+            if not isinstance(asked, Request | Exchange):
                 raise ConfigError(
                     f"The client half awaits a {type(asked).__name__}.",
-                    "Allowed: await client.fit, gradient, score, generate or embed.",
+                    "Allowed: await client.fit, gradient, score, outputs, hidden, generate, embed or exchange.",
                 )
-            waiting.append((turn, turn.job(asked)))
+            said = asked if isinstance(asked, Exchange) else None
+            job = turn.job(asked) if not isinstance(asked, Exchange) else None
     except StopIteration as done:
         yield turn, done.value
     except Exception as fault:
         turn.coroutine.close()
         yield turn, fault
+    else:
+        if job is not None:
+            waiting.append((turn, job))
+        elif said is not None:
+            paused.add(id(turn))
+            yield turn, said
 
 
 def _run(learner: Learner, jobs: list[Job]) -> list[Any]:

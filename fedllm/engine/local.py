@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from fedllm.core.errors import ConfigError, FedLLMError
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
+from fedllm.core.roster import ALL, SERVER, Group
 from fedllm.core.server import Reply, Request
 from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode, encode
-from fedllm.core.work import Example, Learner, Rows
+from fedllm.core.work import Example, Exchange, Learner, Rows
 from fedllm.core.work import Request as Work
 from fedllm.engine.client import TurnClient
 from fedllm.engine.driver import Turn, drive
 from fedllm.engine.private import PrivateStore
-from fedllm.engine.together import Job, no_data
+from fedllm.engine.together import Job, bound_names, no_data
 
+PUBLIC = "public"
+"""The split that is the same for every client: rows that anybody may read."""
 CACHE_TOKENS = 20_000_000
 """Prepared tokens kept over all clients; the least recently used client's are dropped beyond it."""
 
@@ -39,6 +42,9 @@ class LocalWorker:
         seed: the run's seed.
         private_folder: where private stores are written; None keeps them in memory.
         debug: let an exception inside client code through instead of answering with an error.
+        roster: client id -> its group; who is not in it belongs to the group of all.
+        learners: models of groups that have one of their own, by the group's name.
+        left: trainable tensors of the learner that this algorithm does not know; they stay at their first values.
     """
 
     def __init__(
@@ -49,14 +55,18 @@ class LocalWorker:
         seed: int,
         private_folder: Path | None = None,
         debug: bool = False,
+        roster: Mapping[str, Group] | None = None,
+        learners: Mapping[str, Learner] | None = None,
+        left: Collection[str] = (),
     ) -> None:
         self.learner, self.algorithm, self.rows, self.seed = learner, algorithm, rows, seed
-        self.debug = debug
+        self.debug, self.roster, self.learners, self.left = debug, roster or {}, learners or {}, frozenset(left)
         self.functions = algorithm.client_functions()
         self.private = PrivateStore(algorithm.private, private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
         self._cached = 0
-        self._frozen = frozen(learner, algorithm)
+        self._rest: dict[tuple[int, frozenset[str]], Tensors] = {}
+        self._sessions: dict[str, Turn] = {}
 
     def answer(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Answer each request; a client that fails is an error reply, never an exception."""
@@ -70,23 +80,48 @@ class LocalWorker:
                     raise
                 yield Reply(request.id, request.client, None, _reason(fault))
         for turn, outcome in drive(turns, self.learner):
-            yield self._reply(turn.id, turn.client, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
+            yield self._reply(turn, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
 
-    def _reply(self, id: str, client: str, outcome: Any, cost: dict[str, float]) -> Reply:
+    def group(self, client: str) -> Group:
+        """The group of a client."""
+        return self.roster.get(client, ALL)
+
+    def learner_of(self, client: str) -> Learner:
+        """The model of a client's group."""
+        return self.learners.get(self.group(client).name, self.learner)
+
+    def close(self, sessions: Sequence[str]) -> None:
+        """End conversations and free what their coroutines hold."""
+        for session in sessions:
+            turn = self._sessions.pop(session, None)
+            if turn is not None:
+                turn.coroutine.close()
+                self.private.drop(turn.client)
+
+    def _reply(self, turn: Turn, outcome: Any, cost: dict[str, float]) -> Reply:
         """The encoded upload, or the reason why there is none."""
+        waits = isinstance(outcome, Exchange)
         try:
-            return Reply(id, client, encode(_upload(outcome)), None, cost)
+            body = encode(_upload(outcome.upload if waits else outcome))
         except Exception as fault:
             if self.debug:
                 raise
-            self.private.drop(client)
-            return Reply(id, client, None, _reason(fault), cost)
+            turn.coroutine.close()
+            self.private.drop(turn.client)
+            return Reply(turn.id, turn.client, None, _reason(fault), cost)
+        if not waits:
+            return Reply(turn.id, turn.client, body, None, cost)
+        session = turn.session or turn.id
+        turn.session, turn.cost = session, {name: 0.0 for name in turn.cost}
+        self._sessions[session] = turn
+        return Reply(turn.id, turn.client, body, None, cost, session)
 
     def examples(self, client: str, split: str) -> list[Example]:
         """The prepared examples of a client, from memory where they were used lately."""
-        key = (client, split)
+        learner = self.learner_of(client)
+        key = (f"{self.group(client).name}:" if split == PUBLIC else client, split)
         if key not in self._examples:
-            self._examples[key] = self.learner.prepare(self.rows.rows(client, split))
+            self._examples[key] = learner.prepare(self.read(client, split))
             self._cached += sum(example.tokens for example in self._examples[key])
             while len(self._examples) > 1 and self._cached > CACHE_TOKENS:
                 _, dropped = self._examples.popitem(last=False)
@@ -94,39 +129,61 @@ class LocalWorker:
         self._examples.move_to_end(key)
         return self._examples[key]
 
+    def read(self, client: str, split: str) -> Sequence[Mapping[str, Any]]:
+        """The rows of a client's split; `public` is the same for everybody."""
+        return self.rows.rows(SERVER, "train") if split == PUBLIC else self.rows.rows(client, split)
+
     def _turn(self, request: Request) -> Turn:
+        if request.session is not None:
+            return self._resumed(request)
         function = self.functions.get(request.op)
         if function is None:
             raise ConfigError.unknown("client-side function", request.op, self.functions)
+        name = request.client
+        learner = self.learner_of(name)
         client = TurnClient(
-            request.client,
-            self.rows.size(request.client),
+            name,
+            self.rows.size(name),
             request.round,
             request.rounds,
             request.population,
-            self.private.open(request.client),
+            self.private.open(name),
             self.seed,
-            lambda split: self.rows.rows(request.client, split),
+            lambda split: self.read(name, split),
+            lambda: {n: t for n, t in learner.initial().items() if self._moves(n)},
+            self.group(name),
+            request.turn,
         )
 
         async def play() -> Upload:
-            received = decode(request.body)
-            if not isinstance(received, Received):
-                raise ConfigError(f"A request carries a {type(received).__name__.lower()}.", "Expected: received.")
-            return await function(self.algorithm, client, received)
+            return await function(self.algorithm, client, _received(request))
 
         def job(work: Work) -> Job:
-            return Job(
-                work,
-                request.client,
-                self.seed,
-                request.round,
-                request.rounds,
-                self._reader(request.client),
-                self._frozen,
-            )
+            place = name, self.seed, client.round, request.rounds
+            return Job(work, *place, self._reader(name), self._others(learner, bound_names(work)))
 
-        return Turn(request.client, play(), job, request.id)
+        return Turn(name, play(), job, request.id, learner=learner, client_view=client)
+
+    def _resumed(self, request: Request) -> Turn:
+        """The turn of an open conversation, with what the server answered."""
+        turn = self._sessions.pop(request.session or "", None)
+        if turn is None:
+            raise ConfigError(f"Client '{request.client}' has no open session '{request.session}'.")
+        turn.id, turn.answer, turn.client_view.round = request.id, _received(request), request.round
+        return turn
+
+    def _moves(self, name: str) -> bool:
+        algorithm = self.algorithm
+        return name not in self.left and (not isinstance(algorithm, Method) or algorithm.trainable(name))
+
+    def _others(self, learner: Learner, bound: frozenset[str] | None) -> Tensors:
+        """First values of the learner's trainable tensors that a request does not name."""
+        if bound is None:
+            return {}
+        key = (id(learner), bound)
+        if key not in self._rest:
+            self._rest[key] = {n: t for n, t in learner.initial().items() if n not in bound}
+        return self._rest[key]
 
     def _reader(self, client: str) -> Callable[[str], list[Example]]:
         def read(split: str) -> list[Example]:
@@ -138,11 +195,11 @@ class LocalWorker:
         return read
 
 
-def frozen(learner: Learner, algorithm: Any) -> Tensors:
-    """The learner's trainable tensors that the method does not move."""
-    if not isinstance(algorithm, Method):
-        return {}
-    return {name: tensor for name, tensor in learner.initial().items() if not algorithm.trainable(name)}
+def _received(request: Request) -> Received:
+    received = decode(request.body)
+    if not isinstance(received, Received):
+        raise ConfigError(f"A request carries a {type(received).__name__.lower()}.", "Expected: received.")
+    return received
 
 
 def _upload(outcome: Any) -> Upload:
@@ -181,17 +238,28 @@ class LocalEngine:
         while chunk := list(itertools.islice(waiting, self.width)):
             if _late(begun, deadline):
                 for request in chunk:
+                    self.worker.close([request.session] if request.session else [])
                     yield _missed(request, deadline)
                 continue
             with torch.inference_mode(False):
                 replies = list(self.worker.answer(chunk))
             for request, reply in zip(chunk, _in_order(chunk, replies), strict=True):
                 if _late(begun, deadline):
-                    if reply.body is not None:
+                    if reply.session is not None:
+                        self.worker.close([reply.session])
+                    elif reply.body is not None:
                         self.worker.private.drop(request.client)
                     yield _missed(request, deadline)
                     continue
                 yield reply
+
+    def group(self, client: str) -> Group:
+        """See :class:`fedllm.core.server.Engine`."""
+        return self.worker.group(client)
+
+    def close(self, sessions: Sequence[str]) -> None:
+        """See :class:`fedllm.core.server.Engine`."""
+        self.worker.close(sessions)
 
     def drop(self, client: str) -> None:
         """See :class:`fedllm.core.server.Engine`."""

@@ -12,7 +12,7 @@ from fedllm.core.method import Method
 from fedllm.core.reducer import Reduction
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
-from fedllm.core.state import State
+from fedllm.core.state import CollectMore, State
 from fedllm.core.tensors import finite
 
 COLLECT_LIMIT = 8
@@ -51,18 +51,26 @@ async def play_round(
     server.begin(number)
     before = (meter.total("up"), meter.total("down"), meter.tokens)
     record = RoundRecord(number, [])
+    if number == 1:
+        state = await method.prepare(server, state)
+        server.settle()
     reduction = Reduction(method.reducer, method.expected(state))
-    wanted, new = cohort_size, None
+    more, new, cohort = CollectMore(cohort_size), None, []
     for turn in range(COLLECT_LIMIT):
-        rest = [client for client in server.clients if client not in set(record.cohort)]
-        if not rest:  # asked again in the same round, a client would give the very same upload
-            record.failed = "the method asked for more clients than there are"
-            break
-        cohort = method.cohort(number, rest, wanted, numpy_stream(server.seed, "cohort", number, turn))
-        record.cohort += cohort
-        async for answer in server.ask(method.work, _payloads(method, state, cohort), deadline):
+        if not more.again:
+            rest = [client for client in server.clients if client not in set(record.cohort)]
+            if not rest:  # asked again in the same round, a client would give the very same upload
+                record.failed = "the method asked for more clients than there are"
+                break
+            wanted = more.clients or cohort_size
+            cohort = method.cohort(number, rest, wanted, numpy_stream(server.seed, "cohort", number, turn))
+            record.cohort += cohort
+        server.turn = server.turn + 1 if more.again else 0
+        shown = replace(state, numbers={**state.numbers, **more.numbers})
+        async for answer in server.ask(method.work, _payloads(method, shown, server, cohort), deadline):
             try:
-                reduction.add(answer.client, answer.upload)
+                name = f"{answer.client}@{server.turn}" if server.turn else answer.client
+                reduction.add(name, answer.upload)
             except UploadRejected as fault:
                 server.reject(answer.client, str(fault))
         update = reduction.result(len(server.clients))
@@ -76,7 +84,7 @@ async def play_round(
         if isinstance(finalized, State):
             new = finalized
             break
-        wanted = finalized.clients or cohort_size
+        more = finalized
     else:
         record.failed = f"the method asked for more clients {COLLECT_LIMIT} times"
     trees = [] if new is None else [new.params, *new.memory.values()]
@@ -87,13 +95,16 @@ async def play_round(
     if "loss" in reduction.metrics and reduction.metrics["loss"][1] > 0:
         record.loss = reduction.metrics["loss"][0] / reduction.metrics["loss"][1]
     server.settle(commit=new is not None)
+    if new is not None:
+        new = await method.refine(server, replace(new, round=number))
+        server.settle()
     record.bytes_up, record.bytes_down = meter.total("up") - before[0], meter.total("down") - before[1]
     record.tokens, record.seconds = meter.tokens - before[2], time.perf_counter() - begun
     return replace(new if new is not None else state, round=number), record
 
 
-def _payloads(method: Method, state: State, clients: Sequence[str]) -> Iterator[tuple[str, Received]]:
-    return ((client, method.distribute(state, client)) for client in clients)
+def _payloads(method: Method, state: State, server: Server, clients: Sequence[str]) -> Iterator[tuple[str, Received]]:
+    return ((client, method.distribute(state, server.member(client))) for client in clients)
 
 
 async def evaluate(method: Method, state: State, server: Server, clients: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -103,7 +114,7 @@ async def evaluate(method: Method, state: State, server: Server, clients: Sequen
     """
     server.begin(state.round)
     counts: dict[str, dict[str, float]] = {}
-    async for answer in server.ask(method.evaluate, _payloads(method, state, clients)):
+    async for answer in server.ask(method.evaluate, _payloads(method, state, server, clients)):
         counts[answer.client] = {name: total for name, (total, _) in answer.upload.metrics.items()}
     server.settle(commit=False)
     return counts

@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from fedllm.core.errors import DataError, FedLLMError, RoundFailed
+from fedllm.core.errors import ConfigError, DataError, FedLLMError, RoundFailed
 from fedllm.core.seeds import derive, numpy_stream
 from fedllm.core.tensors import Tensors, finite, subtract
 from fedllm.core.train import Train
-from fedllm.core.work import Embed, Example, Fit, FitReport, Generate, Gradient, Learner, Request, Score, ScoreReport
+from fedllm.core.work import (
+    Embed,
+    Example,
+    Fit,
+    FitReport,
+    Generate,
+    Gradient,
+    Hidden,
+    Learner,
+    Outputs,
+    Request,
+    Score,
+    ScoreReport,
+)
 
 SCORE_ROWS = 32
 """Rows of a forward pass that only measures, over all clients."""
@@ -38,7 +52,7 @@ class Job:
         round: the current round, from 1; with `rounds` it places the learning-rate schedule.
         rounds: rounds of the run.
         examples: reads the prepared examples of a split.
-        frozen: trainable tensors of the learner that this method does not move.
+        frozen: first values of the learner's trainable tensors that the request does not name.
     """
 
     request: Request
@@ -50,7 +64,15 @@ class Job:
     frozen: Tensors
 
 
-Result = FitReport | ScoreReport | tuple[Tensors, tuple[float, float]] | list[str] | torch.Tensor | FedLLMError
+Result = (
+    FitReport
+    | ScoreReport
+    | tuple[Tensors, tuple[float, float]]
+    | list[str]
+    | list[torch.Tensor]
+    | torch.Tensor
+    | FedLLMError
+)
 
 
 def run_together(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
@@ -64,21 +86,27 @@ def alike(job: Job) -> tuple[Any, ...]:
     request = job.request
     if isinstance(request, Fit):
         rules = tuple(_identity(rule) for rule in (request.penalty, request.correction))
-        return (
-            Fit,
-            request.train,
-            request.split,
-            rules,
-            _form(request.start),
-            tuple((n, _form(t)) for n, t in request.given.items()),
-        )
+        given = tuple((n, _form(t)) for n, t in request.given.items())
+        terms = None if request.terms is None else tuple((weight, _form(tree)) for weight, tree in request.terms)
+        steps = None if request.moments is None else float(request.moments.get("step", torch.zeros(())))
+        how = request.train, request.split, request.loss, rules, steps
+        return Fit, how, _form(request.start), _form(request.fixed), terms, given
     if isinstance(request, Gradient):
-        return Gradient, request.split, _form(request.params)
+        return Gradient, request.split, _form(request.params), _form(request.fixed)
     if isinstance(request, Score):
-        return Score, request.split, _form(request.params)
+        return Score, request.split, _form(request.params), _form(request.fixed)
+    if isinstance(request, Outputs | Hidden):
+        return type(request), _form(request.params), _form(request.fixed)
     if isinstance(request, Generate):
         return Generate, request.max_tokens, request.temperature, _form(request.params)
     return Embed, _form(request.params)
+
+
+def bound_names(request: Request) -> frozenset[str] | None:
+    """The trainable tensors that a request names; None where it wants the base model."""
+    tree = request.start if isinstance(request, Fit) else request.params
+    fixed = getattr(request, "fixed", None)
+    return None if tree is None and fixed is None else frozenset((*(tree or ()), *(fixed or ())))
 
 
 def _form(tree: Tensors | None) -> tuple[Any, ...] | None:
@@ -123,18 +151,23 @@ class _Fit:
         self.learner, self.jobs = learner, jobs
         self.requests = [job.request for job in jobs if isinstance(job.request, Fit)]
         self.train, first = self.requests[0].train, self.requests[0]
-        self.examples = [job.examples(r.split) for job, r in zip(jobs, self.requests, strict=True)]
+        self.examples = [_soft(r, _held(learner, job, r)) for job, r in zip(jobs, self.requests, strict=True)]
         self.steps = [self.train.step_count(len(held)) for held in self.examples]
         self.streams = [
-            steps_of(len(held), self.train, job.seed, job.client, job.round)
-            for held, job in zip(self.examples, jobs, strict=True)
+            _stream(len(held), self.train, job, r.begun)
+            for held, job, r in zip(self.examples, jobs, self.requests, strict=True)
         ]
         self.stack = _stack([r.start for r in self.requests], learner)
         start = {name: tensor.clone() for name, tensor in self.stack.items()}
         self.given = {"start": start, **{n: _stack([r.given[n] for r in self.requests], learner) for n in first.given}}
+        fixed = _stack([r.fixed or {} for r in self.requests], learner)
+        self.fixed = {**_spread(jobs[0].frozen, len(jobs), learner), **fixed}
+        trees = [r.terms or ((1.0, {}),) for r in self.requests]
+        self.terms = [(terms[0][0], _stack([tree for _, tree in terms], learner)) for terms in zip(*trees, strict=True)]
         self.active = list(range(len(jobs)))
         self.optimizer: torch.optim.Optimizer | None = None
         self.finished: dict[int, Tensors] = {}
+        self.moments: dict[int, Tensors] = {}
         self.spent = [_Spent() for _ in jobs]
 
     def run(self) -> list[Result]:
@@ -151,13 +184,18 @@ class _Fit:
         for row, k in enumerate(self.active):
             if k not in left:
                 self.finished[k] = {n: tensor.detach()[row].cpu() for n, tensor in self.stack.items()}
+                if self.requests[k].moments is not None:
+                    self.moments[k] = _kept(self.optimizer, self.stack, row)
         rows = [self.active.index(k) for k in left]
         whole = left == self.active
         smaller = {
             name: (tensor.detach() if whole else tensor.detach()[rows]).requires_grad_()
             for name, tensor in self.stack.items()
         }
-        self.optimizer = _optimizer(self.train, smaller, self.optimizer, self.stack, rows) if left else None
+        before = self.optimizer
+        self.optimizer = _optimizer(self.train, smaller, before, self.stack, rows) if left else None
+        if before is None and self.optimizer is not None:
+            _go_on(self.optimizer, smaller, [self.requests[k].moments or {} for k in left], self.learner)
         self.stack, self.active = smaller, left
 
     def _step(self, step: int) -> None:
@@ -185,28 +223,36 @@ class _Fit:
         targets = [sum(e.targets for groups in window for e in groups[row]) for row in range(width)]
         scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=self.learner.device)
         jobs = [self.jobs[k] for k in self.active]
-        given = self.given
+        given, fixed, terms = self.given, self.fixed, self.terms
         if len(self.active) < len(self.jobs):
-            given = {n: {name: t[self.active] for name, t in tree.items()} for n, tree in given.items()}
+            given = {n: self._rows(tree) for n, tree in given.items()}
+            fixed, terms = self._rows(fixed), [(weight, self._rows(tree)) for weight, tree in terms]
         total, grads = torch.zeros(width, device=self.learner.device), [torch.zeros_like(leaf) for leaf in leaves]
-        bound = {**_spread(self.jobs[0].frozen, width, self.learner), **self.stack}
+        bound = {**fixed, **self.stack}
         for turn, groups in enumerate(window):
             seeds = [derive(job.seed, "dropout", job.client, job.round, step, turn) for job in jobs]
-            with torch.enable_grad(), self.learner.using(bound, seeds):
-                sums = self.learner.losses(groups)
-                objective = (sums * scale).sum()
-                if request.penalty is not None and turn == 0:
-                    objective = objective + _each(request.penalty, self.stack, given).sum()
-                for held, found in zip(grads, torch.autograd.grad(objective, leaves, allow_unused=True), strict=True):
-                    if found is not None:  # pyright: ignore[reportUnnecessaryComparison]  (an unused leaf)
-                        held.add_(found)
-                total += sums.detach()
+            for number, (weight, tree) in enumerate(terms):
+                with torch.enable_grad(), self.learner.using({**bound, **tree}, seeds):
+                    sums = _losses(self.learner, request.loss, groups)
+                    sums = sums if request.terms is None else sums * weight
+                    objective = (sums * scale).sum()
+                    if request.penalty is not None and turn == number == 0:
+                        objective = objective + _each(request.penalty, self.stack, given).sum()
+                    found = torch.autograd.grad(objective, leaves, allow_unused=True)
+                    for held, grad in zip(grads, found, strict=True):
+                        if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]  (an unused leaf)
+                            held.add_(grad)
+                    total += sums.detach()
         result = dict(zip(self.stack, grads, strict=True))
         if request.correction is not None:
             with torch.no_grad():
                 detached = {name: tensor.detach() for name, tensor in self.stack.items()}
                 result = _each(request.correction, result, {"params": detached, **given})
         return result, total
+
+    def _rows(self, tree: Tensors) -> Tensors:
+        """The rows of the clients that still train."""
+        return {name: tensor[self.active] for name, tensor in tree.items()}
 
     def _report(self, k: int) -> FitReport | FedLLMError:
         job, start, spent = self.jobs[k], self.requests[k].start, self.spent[k]
@@ -218,7 +264,8 @@ class _Fit:
             )
         loss = (spent.loss, float(spent.targets))
         delta = subtract(params, start)
-        return FitReport(params, delta, self.steps[k], spent.rates, loss, spent.examples, spent.tokens)
+        counts = self.steps[k], spent.rates, loss, spent.examples, spent.tokens
+        return FitReport(params, delta, *counts, self.moments.get(k))
 
 
 @dataclass
@@ -237,6 +284,83 @@ class _Spent:
         self.targets += sum(e.targets for e in seen)
         self.examples += len(seen)
         self.tokens += sum(e.tokens for e in seen)
+
+
+def _held(learner: Learner, job: Job, request: Fit | Gradient | Score) -> list[Example]:
+    """The examples of a request: of its rows, or of its split."""
+    if request.rows is None:
+        return job.examples(request.split)
+    examples = learner.prepare(request.rows)
+    if not examples and not isinstance(request, Score):
+        raise DataError(f"Client '{job.client}' was given no usable rows.", "At least one is needed.")
+    return examples
+
+
+def _soft(request: Fit, examples: list[Example]) -> list[Example]:
+    """The examples with the request's targets beside them."""
+    if request.loss == "task":
+        return examples
+    targets = request.targets or ()
+    if len(targets) != len(examples):
+        raise ConfigError(
+            f"{len(targets)} targets were given for {len(examples)} examples.",
+            f"The loss {request.loss} needs one tensor of logits per row, and rows that are all usable.",
+        )
+    return [replace(example, soft=target) for example, target in zip(examples, targets, strict=True)]
+
+
+def _losses(learner: Learner, loss: str, groups: Sequence[Sequence[Example]]) -> torch.Tensor:
+    """The sum of the losses of each client, [K]: the task's, or the distance of logits to soft targets.
+
+    A distance is a mean over classes (mae, mse) or a divergence of distributions (kl), summed over labels.
+    """
+    if loss == "task":
+        return learner.losses(groups)
+    logits, sums = iter(learner.outputs(groups)), []
+    for group in groups:
+        found = [_distance(loss, next(logits), e.soft) for e in group if e.soft is not None]
+        sums.append(torch.stack(found).sum() if found else torch.zeros((), device=learner.device))
+    return torch.stack(sums)
+
+
+def _distance(loss: str, logits: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    soft = soft.to(logits.device, torch.float32)
+    if loss == "kl":
+        log_p, log_q = functional.log_softmax(soft, -1), functional.log_softmax(logits.float(), -1)
+        return (log_p.exp() * (log_p - log_q)).sum()
+    gap = logits.float() - soft
+    return (gap.abs() if loss == "mae" else gap.square()).mean(-1).sum()
+
+
+def _stream(count: int, train: Train, job: Job, begun: int | None) -> Iterator[list[list[int]]]:
+    """The batches of a fit: a fresh order every round, or the endless stream of round 0 after `begun` steps."""
+    if begun is None:
+        return steps_of(count, train, job.seed, job.client, job.round)
+    return islice(steps_of(count, train, job.seed, job.client, 0), begun, None)
+
+
+def _kept(optimizer: torch.optim.Optimizer | None, stack: Tensors, row: int) -> Tensors:
+    """One client's optimiser memory: `KEY.NAME`, and the scalar `step` that all its tensors share."""
+    found: Tensors = {}
+    for name, leaf in stack.items():
+        for key, value in ({} if optimizer is None else optimizer.state.get(leaf, {})).items():
+            if isinstance(value, torch.Tensor):
+                found["step" if key == "step" else f"{key}.{name}"] = (
+                    (value[row] if value.dim() else value).cpu().clone()
+                )
+    return found
+
+
+def _go_on(optimizer: torch.optim.Optimizer, stack: Tensors, moments: Sequence[Tensors], learner: Learner) -> None:
+    """Give a new optimiser the memory of earlier rounds; clients of one pass have taken equally many steps."""
+    keys = sorted({name.split(".", 1)[0] for name in moments[0]})
+    for name, leaf in stack.items():
+        for key in keys:
+            if key == "step":
+                optimizer.state[leaf][key] = moments[0][key].clone()
+            else:
+                found = _stack([{name: held[f"{key}.{name}"]} for held in moments], learner)
+                optimizer.state[leaf][key] = found[name]
 
 
 def _each(rule: Callable[..., Any], first: Tensors, given: dict[str, Tensors]) -> Any:
@@ -312,12 +436,13 @@ def _rounds(examples: Sequence[Sequence[Example]], rows: int) -> Iterator[list[l
 
 def _gradient(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
     requests = [job.request for job in jobs if isinstance(job.request, Gradient)]
-    examples = [job.examples(r.split) for job, r in zip(jobs, requests, strict=True)]
+    examples = [_held(learner, job, r) for job, r in zip(jobs, requests, strict=True)]
+    fixed = {**_spread(jobs[0].frozen, len(jobs), learner), **_stack([r.fixed or {} for r in requests], learner)}
     stack = {n: t.requires_grad_() for n, t in _stack([r.params for r in requests], learner).items()}
     targets = [sum(e.targets for e in held) for held in examples]
     scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=learner.device)
     total, sums = {n: torch.zeros_like(t) for n, t in stack.items()}, torch.zeros(len(jobs), dtype=torch.float64)
-    with torch.enable_grad(), learner.using({**_spread(jobs[0].frozen, len(jobs), learner), **stack}):
+    with torch.enable_grad(), learner.using({**fixed, **stack}):
         for groups in _rounds(examples, GRADIENT_ROWS):
             losses = learner.losses(groups)
             found = torch.autograd.grad((losses * scale).sum(), list(stack.values()), allow_unused=True)
@@ -336,8 +461,8 @@ def _gradient(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
 
 def _score(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
     requests = [job.request for job in jobs if isinstance(job.request, Score)]
-    examples = [job.examples(r.split) for job, r in zip(jobs, requests, strict=True)]
-    params, owners = _shared([r.params for r in requests], learner, jobs[0].frozen)
+    examples = [_held(learner, job, r) for job, r in zip(jobs, requests, strict=True)]
+    params, owners = _shared([_whole(r) for r in requests], learner, jobs[0].frozen)
     counts: list[dict[str, float]] = [{} for _ in jobs]
     with torch.no_grad(), learner.using(params):
         if owners == 1:  # one model for all: examples need no grouping by client
@@ -354,6 +479,37 @@ def _score(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
                     for _ in group:
                         _accumulate(counts[k], next(rows))
     return [ScoreReport(found, learner.values(found)) for found in counts]
+
+
+def _whole(request: Score | Outputs | Hidden) -> Tensors | None:
+    """Everything a measuring request binds."""
+    if request.params is None and request.fixed is None:
+        return None
+    return {**(request.fixed or {}), **(request.params or {})}
+
+
+def _outputs(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
+    requests = [job.request for job in jobs if isinstance(job.request, Outputs | Hidden)]
+    examples = [learner.prepare(r.rows) for r in requests]
+    for job, r, held in zip(jobs, requests, examples, strict=True):
+        if len(held) != len(r.rows) or not held:
+            raise DataError(
+                f"{len(held)} of the {len(r.rows)} rows given at client '{job.client}' are usable.",
+                "Outputs and hidden states belong to rows one by one: all must be.",
+            )
+    results: list[Result] = []
+    with torch.no_grad():
+        for job, r, held in zip(jobs, requests, examples, strict=True):
+            params, _ = _shared([_whole(r)], learner, job.frozen)
+            with learner.using(params):
+                if isinstance(r, Hidden):
+                    results.append([state.cpu() for state in learner.hidden([held])])
+                    continue
+                found: list[torch.Tensor] = []
+                for start in range(0, len(held), SCORE_ROWS):
+                    found += [row.cpu() for row in learner.outputs([held[start : start + SCORE_ROWS]])]
+                results.append(found)
+    return results
 
 
 def _accumulate(total: dict[str, float], more: dict[str, float]) -> None:
@@ -413,6 +569,8 @@ _RUN: dict[type, Callable[[Learner, Sequence[Job]], list[Result]]] = {
     Fit: _fit,
     Gradient: _gradient,
     Score: _score,
+    Outputs: _outputs,
+    Hidden: _outputs,
     Generate: _generate,
     Embed: _embed,
 }

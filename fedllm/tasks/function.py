@@ -23,6 +23,7 @@ class FunctionLearner:
         loss: the sum of the losses of some examples, for one client.
         initial: first values.
         encode: makes a tensor of a row; by default the row's "x".
+        outputs: outputs(params, examples) -> logits [n, C], where soft targets are learnt from.
     """
 
     score_names = ("loss",)
@@ -31,9 +32,13 @@ class FunctionLearner:
     device = torch.device("cpu")
 
     def __init__(
-        self, loss: Loss, initial: Tensors, encode: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
+        self,
+        loss: Loss,
+        initial: Tensors,
+        encode: Callable[[Mapping[str, Any]], torch.Tensor] | None = None,
+        outputs: Loss | None = None,
     ) -> None:
-        self.loss, self._initial = loss, initial
+        self.loss, self._initial, self._outputs = loss, initial, outputs
         self.encode = encode or (lambda row: torch.as_tensor(row["x"], dtype=torch.float32))
         self._bound: Tensors | None = None
         self.notes: list[str] = []
@@ -67,6 +72,21 @@ class FunctionLearner:
                 for k, group in enumerate(groups)
             ]
         )
+
+    def outputs(self, groups: Groups) -> list[torch.Tensor]:
+        """Logits of every example, client after client."""
+        if self._outputs is None:
+            raise ModelError("This function learner has no outputs.", action="Give it the argument 'outputs'.")
+        bound, found = self._bound or {}, []
+        for k, group in enumerate(groups):
+            if group:
+                params = {n: t[k] for n, t in bound.items()}
+                found += list(self._outputs(params, [e.inputs["x"] for e in group]))
+        return found
+
+    def hidden(self, *_: Any) -> list[torch.Tensor]:
+        """A function has no layers."""
+        raise ModelError("A function learner has no hidden states.")
 
     def counts_by_row(self, groups: Groups) -> list[dict[str, float]]:
         """loss and examples of every example."""

@@ -110,6 +110,30 @@ class TransformerLearner:
         by_row = self.task.loss_rows(logits, batch.labels, owner, rows)[batch.real]
         return by_row.new_zeros(len(groups)).index_add_(0, batch.clients, by_row)
 
+    def outputs(self, groups: Groups) -> list[torch.Tensor]:
+        """Differentiable logits of every example, client after client: [C], or [labels, V] of a language model."""
+        batch = self.collate(groups)
+        logits, owner = self._logits(batch)
+        rows = batch.inputs["input_ids"].shape[0]
+        if not self.task.per_token:
+            return list(logits[batch.real])
+        counts = torch.bincount(owner, minlength=rows).tolist()
+        pieces = torch.split(logits, counts)
+        return [pieces[row] for row in batch.real.tolist()]
+
+    def hidden(self, groups: Groups) -> list[torch.Tensor]:
+        """Hidden states of all examples after each layer, embeddings first: [rows, T, H], 0 at padding.
+
+        Positions of a soft prompt are left out.
+        """
+        batch = self.collate(groups)
+        mask = batch.inputs["attention_mask"]
+        with self._select.everything():
+            states = self.adapted.call(batch.inputs, output_hidden_states=True)
+        found = states.encoder_hidden_states if self._both_ways else states.hidden_states
+        real = mask.unsqueeze(-1)
+        return [(h[:, -mask.shape[1] :] * real.to(h.dtype))[batch.real] for h in found]
+
     def counts_by_row(self, groups: Groups) -> list[dict[str, float]]:
         """Additive counts of every example, client after client."""
         if not any(len(group) for group in groups):

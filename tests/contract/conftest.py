@@ -91,6 +91,12 @@ class Watched:
             self.replies.append(changed)
             yield changed
 
+    def group(self, client: str) -> Any:
+        return self.engine.group(client)
+
+    def close(self, sessions: Any) -> None:
+        self.engine.close(sessions)
+
     def drop(self, client: str) -> None:
         self.engine.drop(client)
 

@@ -287,7 +287,7 @@ def test_awaiting_something_else_is_refused_with_what_may_be_awaited(thing: str)
 
     found = asyncio.run(go())
     assert isinstance(found["a"], ConfigError)
-    assert "await client.fit, gradient, score, generate or embed" in str(found["a"])
+    assert "await client.fit, gradient, score, outputs, hidden, generate, embed or exchange" in str(found["a"])
     assert isinstance(found["b"], Upload)
 
 

@@ -13,6 +13,7 @@ import numpy
 from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
+from fedllm.core.roster import Member
 from fedllm.core.state import State
 from fedllm.core.work import Client
 
@@ -37,7 +38,7 @@ class Central(Method):
         """Everybody's data is one client; `size` is how many clients' budgets it spends."""
         return [EVERYONE]
 
-    def distribute(self, state: State, client: str) -> Received:
+    def distribute(self, state: State, client: Member) -> Received:
         """The weights, and the budget of a cohort."""
         return Received(state.params, {"budget": state.numbers.get("cohort", 1)})
 

@@ -17,6 +17,7 @@ from fedllm.core.errors import ConfigError
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.reducer import Mean, Reducers, Update
+from fedllm.core.roster import Member
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors, add, over, subtract, zeros
 from fedllm.core.train import Train
@@ -63,7 +64,7 @@ class Scaffold(Method):
         """c = 0."""
         return State(start, {"control": zeros(start)})
 
-    def distribute(self, state: State, client: str) -> Received:
+    def distribute(self, state: State, client: Member) -> Received:
         """x and c."""
         return Received(state.params, control=state.memory["control"])
 
