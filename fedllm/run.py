@@ -20,6 +20,7 @@ from fedllm.core.errors import ConfigError, RoundFailed
 from fedllm.core.message import Received
 from fedllm.core.meter import Meter, peak_memory
 from fedllm.core.method import Method
+from fedllm.core.protocol import Protocol
 from fedllm.core.roster import Group, assign
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
@@ -35,10 +36,11 @@ from fedllm.engine.rounds import RoundRecord, evaluate, play_round
 from fedllm.engine.width import Width, choose
 from fedllm.evaluate import total
 from fedllm.evaluate.clients import summarise
-from fedllm.methods import find, methods
+from fedllm.methods import methods
 from fedllm.methods.baseline.central import EVERYONE
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.settings import ModelSettings
+from fedllm.protocols import protocols
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.report.page import write_report
 from fedllm.report.tracking import open_trackers, require
@@ -53,6 +55,7 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 FAILED_LIMIT = 3
 """So many failed rounds in a row end a run."""
 
+Algorithm = Method | Protocol
 Data = Federation | Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 """Data given in Python: a Federation, or client id -> {"train": rows, "eval": rows}."""
 
@@ -101,7 +104,7 @@ class Ground:
     roster: dict[str, Group] = field(default_factory=dict)
     left: frozenset[str] = frozenset()
 
-    def worker(self, method: Method, private: Path | None = None, debug: bool = False) -> LocalWorker:
+    def worker(self, method: Algorithm, private: Path | None = None, debug: bool = False) -> LocalWorker:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
         left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
         rows, seed = Pooled(self.federation), self.recipe.seed
@@ -192,7 +195,7 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
     cohort, labels = recipe.cohort_size(len(federation.client_ids)), labels_of(federation, recipe)
     learner = build_learner(recipe, labels, method.adapter())
     plain = plain_names(recipe, learner, method)
-    train = method.train
+    train = getattr(method, "train", Train())
     measured = [client for client in federation.client_ids if federation.size(client, "eval")]
     if recipe.evaluation.clients is not None and recipe.evaluation.clients < len(measured):
         stream = numpy_stream(recipe.seed, "measured")
@@ -216,7 +219,7 @@ def build_learner(
     return TransformerLearner(loaded, recipe.task, adapter, labels, recipe.seed)
 
 
-def plain_names(recipe: Recipe, learner: TransformerLearner, method: Method) -> frozenset[str]:
+def plain_names(recipe: Recipe, learner: TransformerLearner, method: Algorithm) -> frozenset[str]:
     """The trainable tensors that the recipe's own adapter has, without what the method added."""
     if not method.adapter():
         return frozenset(learner.initial())
@@ -228,7 +231,7 @@ def plain_names(recipe: Recipe, learner: TransformerLearner, method: Method) -> 
 
 
 def groups_of(
-    recipe: Recipe, federation: Federation, labels: Sequence[str] | None, method: Method
+    recipe: Recipe, federation: Federation, labels: Sequence[str] | None, method: Algorithm
 ) -> tuple[dict[str, Group], dict[str, TransformerLearner]]:
     """Every client's group, and the models of those groups that have one of their own."""
     groups: dict[str, Group] = {}
@@ -263,7 +266,7 @@ def groups_of(
     return assign(federation.client_ids, groups, shares, recipe.seed), learners
 
 
-def _may_mix(method: Method, what: Literal["ranks", "models"], where: str) -> None:
+def _may_mix(method: Algorithm, what: Literal["ranks", "models"], where: str) -> None:
     if what not in method.mixes and method.key not in ("local", "central"):
         raise ConfigError(
             f"{where} is given, and the method {method.key} needs the same {what} at every client.",
@@ -287,18 +290,20 @@ def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
     return [str(label) for label in federation.labels]
 
 
-def method_of(recipe: Recipe, key: str | None = None) -> Method:
-    """The recipe's method, or another one under the same training settings; refuses what cannot be combined."""
+def method_of(recipe: Recipe, key: str | None = None) -> Algorithm:
+    """The recipe's method or protocol, or another one under the same settings; refuses what cannot be combined."""
     options = dict(recipe.method)
     name = str(options.pop("name", "fedavg"))
     if key is not None and key != name:
         name, options = key, {}
-    kind = find(name)
+    kind = algorithm(name)
     options = merge(options, recipe.methods.get(name, {}))
-    default = kind.model_fields["train"].default
-    changed = {n: getattr(default, n) for n in default.model_fields_set}
-    train = merge(merge(changed, recipe.train), options.pop("train", {}))
-    method = read(kind, {**options, "train": read(Train, train, "train").model_dump(exclude_unset=True)}, "method")
+    if "train" in kind.model_fields:
+        default = kind.model_fields["train"].default
+        changed = {n: getattr(default, n) for n in default.model_fields_set}
+        train = merge(merge(changed, recipe.train), options.pop("train", {}))
+        options["train"] = read(Train, train, "train").model_dump(exclude_unset=True)
+    found = read(kind, options, "method")
     if kind.adapters and recipe.adapter.kind not in kind.adapters:
         raise ConfigError(
             f"The method {name} cannot train adapter.kind={recipe.adapter.kind}.",
@@ -311,7 +316,15 @@ def method_of(recipe: Recipe, key: str | None = None) -> Method:
             f"Allowed: {', '.join(kind.card.models)}.",
             kind.card.models[0],
         )
-    return method
+    return found
+
+
+def algorithm(key: str) -> type[Method] | type[Protocol]:
+    """The method or protocol called `key`."""
+    found = {**protocols(), **methods()}
+    if key not in found:
+        raise ConfigError.unknown("method", key, found, "Run 'fedllm methods' to see them all.")
+    return found[key]
 
 
 def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -> Result:
@@ -334,7 +347,7 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
 
     save_adapter(folder.path / "adapter", ground.learner.adapted, {**legs[0].frozen, **state.params})
     rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
-    rows += [leg.row() for leg in legs if leg.state.round]
+    rows += [leg.row() for leg in legs if leg.state.round or leg.counts]
     order = {"base": 0, "local": 1, "federated": 2, "central": 3}
     table = _table(ground, sorted(rows, key=lambda row: order.get(row["model"], 9)), legs, folder, begun, finished)
     folder.write_json("result.json", table)
@@ -344,12 +357,16 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     return result
 
 
+class _Stopped(Exception):
+    """The user wants a protocol to stop at this checkpoint."""
+
+
 class Leg:
-    """One method, played over the ground of a run.
+    """One method or protocol, played over the ground of a run.
 
     Args:
         name: "federated", "local", "central".
-        method: the method.
+        method: the method or protocol.
         ground: what all legs share.
         folder: the run folder.
         watch: is told what happens.
@@ -357,7 +374,7 @@ class Leg:
     """
 
     def __init__(
-        self, name: str, method: Method, ground: Ground, folder: RunFolder | None, watch: Watch, debug: bool = False
+        self, name: str, method: Algorithm, ground: Ground, folder: RunFolder | None, watch: Watch, debug: bool = False
     ) -> None:
         self.name, self.method, self.ground, self.folder, self.watch = name, method, ground, folder, watch
         recipe = ground.recipe
@@ -374,11 +391,14 @@ class Leg:
         self.counts: dict[str, dict[str, float]] = {}
         self.unmeasured: list[dict[str, str]] = []
         self.failures = 0
+        self.report: Any = None
 
     async def play(self, trackers: Sequence[Any] = ()) -> bool:
         """Play the rounds that are left; True where the last one was reached."""
         rounds, done = self.ground.recipe.rounds, self._restore()
         self.watch.leg(self.name, rounds, self.state.round)
+        if isinstance(self.method, Protocol):
+            return await self._program(self.method, done)
         while self.state.round < rounds and not done:
             if self.watch.stop:
                 break
@@ -410,6 +430,34 @@ class Leg:
                 f"First reason: {reasons[0]}" if reasons else "",
                 action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
             )
+
+    async def _program(self, protocol: Protocol, done: bool) -> bool:
+        """Play a protocol from its last checkpoint to its end."""
+        begun = time.perf_counter()
+
+        def keep(state: State) -> None:
+            self.state = state
+            self.server.meter.seconds += time.perf_counter() - self._since
+            self._since = time.perf_counter()
+            self._save(False)
+            self.watch.round(self.name, RoundRecord(state.round, []), None)
+            if self.watch.stop:
+                raise _Stopped
+
+        self._since, self.server.keep = begun, keep
+        try:
+            if not done:
+                self.state, self.report = await protocol.play(self.server, self.state)
+        except _Stopped:
+            return False
+        await self._measure()
+        values = self.ground.learner.values(total(self.counts.values())) if self.counts else {}
+        lost, rejected = list(self.server.lost), list(self.server.rejected)
+        self._log(RoundRecord(self.state.round, [], lost=lost, rejected=rejected), values)
+        if not done and self.folder is not None:
+            self.folder.write_json(f"{self.name}-report.json", self.report)
+        self._save(True)
+        return True
 
     async def _measure(self) -> None:
         self.counts = await evaluate(self.method, self.state, self.server, self.ground.measured)

@@ -7,14 +7,18 @@ Split learning, gossip, voting, search, pipelines and attacks are protocols. Cli
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from fedllm.core.card import Card
-from fedllm.core.message import Json
+from fedllm.core.message import Json, Received, Upload
+from fedllm.core.method import on_client
 from fedllm.core.registry import register
+from fedllm.core.roster import Member
 from fedllm.core.state import State
+from fedllm.core.tensors import Tensors
+from fedllm.core.work import Client
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
@@ -29,6 +33,12 @@ class Protocol(BaseModel):
     card: ClassVar[Card]
     private: ClassVar[tuple[str, ...]] = ()
     """Names a client may keep in its private store."""
+    adapters: ClassVar[tuple[str, ...]] = ()
+    """Adapter kinds it needs; empty where any will do."""
+    mixes: ClassVar[tuple[Literal["ranks", "models"], ...]] = ()
+    """In what the groups of a run may differ."""
+    public: ClassVar[bool] = False
+    """Whether it needs public rows."""
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -38,6 +48,28 @@ class Protocol(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         if not abstract:
             cls.key = register("protocol", cls)
+
+    def adapter(self) -> dict[str, Any]:
+        """What it needs of the recipe's section `adapter` beyond what the recipe says."""
+        return {}
+
+    def trainable(self, name: str) -> bool:
+        """Whether the trainable tensor `name` moves; the others stay at their first value everywhere."""
+        return True
+
+    def init(self, start: Tensors) -> State:
+        """The first state; `start` is the learner's first values."""
+        return State(start)
+
+    def distribute(self, state: State, client: Member) -> Received:
+        """What this client receives to measure the state."""
+        return Received(state.params)
+
+    @on_client
+    async def evaluate(self, client: Client, received: Received) -> Upload:
+        """What is measured at a client: counts that add up. Nothing here may change anything."""
+        report = await client.score(received.params)
+        return Upload(None, weight=client.size, metrics=report.metrics)
 
     async def play(self, server: Server, state: State) -> tuple[State, Json]:
         """Run from `state` to the end; returns the last state and a JSON report.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from fedllm.core.errors import UploadRejected
 from fedllm.core.message import Json, Received
 from fedllm.core.method import Method
+from fedllm.core.protocol import Protocol
 from fedllm.core.reducer import Reduction
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
@@ -103,11 +104,15 @@ async def play_round(
     return replace(new if new is not None else state, round=number), record
 
 
-def _payloads(method: Method, state: State, server: Server, clients: Sequence[str]) -> Iterator[tuple[str, Received]]:
+def _payloads(
+    method: Method | Protocol, state: State, server: Server, clients: Sequence[str]
+) -> Iterator[tuple[str, Received]]:
     return ((client, method.distribute(state, server.member(client))) for client in clients)
 
 
-async def evaluate(method: Method, state: State, server: Server, clients: Sequence[str]) -> dict[str, dict[str, float]]:
+async def evaluate(
+    method: Method | Protocol, state: State, server: Server, clients: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Ask `clients` to measure `state`; returns additive counts by client. Nothing is changed anywhere.
 
     Clients that could not be measured are in `server.lost` and `server.rejected`.
