@@ -213,10 +213,12 @@ def build_learner(
 ) -> TransformerLearner:
     """The base model with its adapter (and what a method asks of it) and its task."""
     from fedllm.models.load import load_model
+    from fedllm.tasks.dual_encoder import DualEncoderLearner
 
     loaded = load_model(recipe.model, recipe.task.kind, labels=labels, seed=recipe.seed)
     adapter = read(AdapterSettings, merge(recipe.adapter.model_dump(exclude_unset=True), dict(extra or {})), "adapter")
-    return TransformerLearner(loaded, recipe.task, adapter, labels, recipe.seed)
+    kind = DualEncoderLearner if recipe.task.kind == "dual-encoder" else TransformerLearner
+    return kind(loaded, recipe.task, adapter, labels, recipe.seed)
 
 
 def plain_names(recipe: Recipe, learner: TransformerLearner, method: Algorithm) -> frozenset[str]:
@@ -277,11 +279,11 @@ def _may_mix(method: Algorithm, what: Literal["ranks", "models"], where: str) ->
 
 def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
     """Class or tag names: those of the recipe, or all that occur in the data, sorted."""
-    if recipe.task.kind not in ("sequence-classification", "token-classification"):
+    if recipe.task.kind not in ("sequence-classification", "token-classification", "dual-encoder"):
         return None
     if recipe.task.labels is not None:
         return recipe.task.labels
-    column = "label" if recipe.task.kind == "sequence-classification" else "tags"
+    column = "tags" if recipe.task.kind == "token-classification" else "label"
     if federation.label_column != column or not federation.labels:
         raise ConfigError(
             f"The task {recipe.task.kind} needs the column '{column}', and no row has it.",
@@ -345,7 +347,8 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     state = legs[0].state
     from fedllm.models.adapters.export import save_adapter
 
-    save_adapter(folder.path / "adapter", ground.learner.adapted, {**legs[0].frozen, **state.params})
+    if state.params:  # some methods share no weights: there is no federated model to save
+        save_adapter(folder.path / "adapter", ground.learner.adapted, {**legs[0].frozen, **state.params})
     rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
     rows += [leg.row() for leg in legs if leg.state.round or leg.counts]
     order = {"base": 0, "local": 1, "federated": 2, "central": 3}

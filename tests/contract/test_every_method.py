@@ -31,8 +31,8 @@ def test_runs_from_its_key_alone(key: str, learner: Any) -> None:
     assert [record.failed for record in table.records] == [None, None]
     assert not table.records[0].lost and not table.records[0].rejected
     counts = table.measure()
-    assert sorted(counts) == sorted(clients())
-    assert all(found["tokens"] > 0 and numpy.isfinite(found["loss"]) for found in counts.values())
+    assert sorted(counts) == sorted(clients(key))
+    assert all(found["examples"] > 0 and numpy.isfinite(found["loss"]) for found in counts.values())
 
 
 @every_method
