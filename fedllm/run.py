@@ -269,7 +269,7 @@ def groups_of(
 
 
 def _may_mix(method: Algorithm, what: Literal["ranks", "models"], where: str) -> None:
-    if what not in method.mixes and method.key not in ("local", "central"):
+    if what not in method.mixes:
         raise ConfigError(
             f"{where} is given, and the method {method.key} needs the same {what} at every client.",
             f"Methods for different {what}: {', '.join(k for k, m in methods().items() if what in m.mixes) or 'none'}.",

@@ -54,7 +54,7 @@ def test_its_own_weights_are_measured(play: Any, people: Any, net: Any) -> None:
 
 def test_no_weight_leaves_a_client(play: Any, people: Any, net: Any) -> None:
     found = play(Local(train=TRAIN), people, 2, **net)
-    assert set(found.server.meter.bytes) == {"work/down/params", "work/down/header", "work/up/header"}
+    assert set(found.server.meter.bytes) == {"work/down/header", "work/up/header"}
     assert Local().reducer == {}
     assert Local.private == ("params",)
 

@@ -8,6 +8,7 @@ from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.reducer import Reducers, Update
+from fedllm.core.roster import Member
 from fedllm.core.state import State
 from fedllm.core.work import Client
 
@@ -19,16 +20,21 @@ class Local(Method):
         title="Local - each client alone",
         paper="baseline",
         cells=("2.5 Frameworks",),
-        travels="down: the first weights; up: nothing but the training loss",
+        travels="down: nothing; up: nothing but the training loss",
         claim="The score a federation must beat.",
         status="runs",
     )
     private = ("params",)
+    mixes = ("ranks", "models")
+
+    def distribute(self, state: State, client: Member) -> Received:
+        """Nothing: a client begins at its own first values."""
+        return Received()
 
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
         """Train on from one's own weights and keep them."""
-        report = await client.fit(client.private.get("params") or received.params, self.train)
+        report = await client.fit(client.private.get("params") or client.initial(), self.train)
         client.private["params"] = report.params
         return Upload(None, weight=client.size, metrics=report.metrics)
 
@@ -44,5 +50,5 @@ class Local(Method):
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
         """Measure the client's own weights."""
-        report = await client.score(client.private.get("params") or received.params)
+        report = await client.score(client.private.get("params") or client.initial())
         return Upload(None, weight=client.size, metrics=report.metrics)
