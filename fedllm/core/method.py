@@ -104,7 +104,7 @@ class Method(BaseModel):
         return Mean(self.weighting)
 
     def expected(self, state: State) -> dict[str, Tensors]:
-        """Names and shapes that dense parts of an upload must have; {} where clients differ."""
+        """Names and shapes of each part of an upload (see :class:`~fedllm.core.reducer.Reduction`); {}: not checked."""
         return {"update": state.params}
 
     def finalize(self, state: State, update: Update) -> State | CollectMore:

@@ -267,12 +267,12 @@ class Update(Message):
 
 
 def _as_expected(name: str, part: Part, expected: Tensors, what: str) -> None:
-    if isinstance(part, Dense):
-        same_shapes(part.tensors, expected, what)
-    elif isinstance(part, Owned):
+    if isinstance(part, Owned):
         part.view.fits(expected, part.tensors, what)
+    elif isinstance(part, Dense | Scalars | SeedCoefficients | Table):
+        same_shapes(_summands(part), expected, what)
     else:
-        raise UploadRejected(f"{what} has '{name}' as a {part.kind} part.", "Expected: dense or owned.")
+        raise UploadRejected(f"{what} has '{name}' as a {part.kind} part.", "Expected: a part of tensors or numbers.")
 
 
 class Reduction:
@@ -280,7 +280,8 @@ class Reduction:
 
     Args:
         reducers: one reducer for the part `update`, or one per part.
-        expected: part -> tensors of the names and shapes a dense part must have, and an owned part must lie in.
+        expected: part -> tensors of the names and shapes a part must have (of a table `rows` and `counts`, of seed
+            coefficients `coefficients`, of scalars their names), and an owned part must lie in.
 
     Raises:
         ConfigError: an :class:`OwnedMean` whose part is not in `expected`: nothing would bound what a client claims.

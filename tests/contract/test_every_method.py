@@ -13,7 +13,7 @@ import torch
 
 from fedllm.core.card import TOPICS, Card
 from fedllm.core.errors import FedLLMError
-from fedllm.core.message import Dense, Upload
+from fedllm.core.message import Upload
 from fedllm.core.reducer import Mean, Reduction
 from fedllm.core.wire import decode, encode
 from fedllm.effects import checks
@@ -140,6 +140,12 @@ def test_no_answers_leave_the_state_alone(key: str, learner: Any) -> None:
     assert table.rounds(1).records[-1].failed is None
 
 
+def changed(part: Any, change: Any) -> Any:
+    """A part with all its floating-point tensors changed; texts and numbers stay."""
+    tensors, facts = part.to_wire()
+    return type(part).from_wire({n: change(t) if t.is_floating_point() else t for n, t in tensors.items()}, facts)
+
+
 @every_method
 def test_a_poisoned_upload_is_rejected_and_the_rest_counts(key: str, learner: Any) -> None:
     if key in ("local", "central"):
@@ -150,8 +156,7 @@ def test_a_poisoned_upload_is_rejected_and_the_rest_counts(key: str, learner: An
         upload = decode(reply.body)
         if reply.client != "c1" or not isinstance(upload, Upload):
             return reply
-        parts = {n: Dense({k: t * float("nan") for k, t in p.tensors.items()}) for n, p in upload.parts.items()}  # type: ignore[attr-defined]
-        upload.parts.update(parts)
+        upload.parts.update({n: changed(part, lambda t: t * float("nan")) for n, part in upload.parts.items()})
         return dataclasses.replace(reply, body=encode(upload))
 
     table.engine.change = poison
@@ -172,8 +177,8 @@ def test_garbage_and_wrong_shapes_are_rejected(key: str, learner: Any) -> None:
             return dataclasses.replace(reply, body=b"not a message at all")
         if reply.client == "c1":
             upload = decode(reply.body)
-            part = upload.parts["update"]
-            upload.parts["update"] = Dense({n: t[..., :1].clone() for n, t in part.tensors.items()})  # type: ignore[attr-defined]
+            twice = {n: changed(part, lambda t: torch.cat([t, t]) if t.dim() else torch.stack([t, t])) for n, part in upload.parts.items()}
+            upload.parts.update(twice)
             return dataclasses.replace(reply, body=encode(upload))
         return reply
 

@@ -1,0 +1,1 @@
+"""Applications (survey 3.9)."""
