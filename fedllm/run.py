@@ -384,7 +384,7 @@ class Leg:
         private = folder.private(name) if folder else None
         self.worker = ground.worker(method, private, debug)
         engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width.clients)
-        self.server = Server(engine, recipe.seed, Meter(), recipe.rounds)
+        self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner)
         start = ground.learner.initial()
         moves = {n for n in start if method.trainable(n) and n not in self.worker.left}
         self.frozen: Tensors = {n: t for n, t in start.items() if n not in moves}
