@@ -227,7 +227,7 @@ def plain_names(recipe: Recipe, learner: TransformerLearner, method: Algorithm) 
         return frozenset(learner.initial())
     from fedllm.models.adapters.attach import Adapted
 
-    plain = Adapted(learner.loaded, recipe.adapter, recipe.seed)
+    plain = Adapted(learner.loaded, recipe.adapter, recipe.seed, learner.task.labels or ())
     plain.remove()
     return frozenset(plain.initial())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import warnings
@@ -22,6 +23,7 @@ import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, MissingExtra, ModelError, nearest
 from fedllm.models import footprint, structure, toy
+from fedllm.models.images import ImageReader, reader_of
 from fedllm.models.settings import Kind, ModelSettings
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class Loaded:
     """The model type as transformers calls it: llama, qwen2, bert, ..."""
     notes: list[str] = field(default_factory=list)
     """What a user should know about this model, one sentence each."""
+    images: ImageReader | None = None
+    """Makes the pixels that a dual encoder reads; None for other kinds."""
 
 
 class Place(NamedTuple):
@@ -76,8 +80,8 @@ def load_model(settings: ModelSettings, kind: Kind, labels: Sequence[str] | int 
     Args:
         settings: the model part of a recipe.
         kind: what the model is loaded as.
-        labels: names or number of the classes; for the classification kinds only. The head of a checkpoint is kept
-            where its labels are these, otherwise a new one is drawn.
+        labels: names or number of the classes; for the classification kinds only (a dual encoder has no head for
+            them). The head of a checkpoint is kept where its labels are these, otherwise a new one is drawn.
         seed: decides a new classification head, and every weight where the weights are random.
 
     Raises:
@@ -109,6 +113,7 @@ def load_model(settings: ModelSettings, kind: Kind, labels: Sequence[str] | int 
         draw(model, made, seed)
         _freeze(model, settings)
         tokenizer = _tokenizer(settings, place, kind)
+        images = reader_of(config, _preprocessor(settings, place)) if kind == "dual-encoder" else None
         notes = [] if new is None or not made else [_made_note(place, made, kind, seed)]
         if tokenizer is not None:
             notes += _fit_tokenizer(model, tokenizer, settings)
@@ -116,7 +121,7 @@ def load_model(settings: ModelSettings, kind: Kind, labels: Sequence[str] | int 
             with _explained(settings, place):
                 model.to(device)
     mark = fingerprint(model, made, _stamp(settings, place, config, kind))
-    return Loaded(model, tokenizer, settings.name, kind, mark, config.model_type, notes)
+    return Loaded(model, tokenizer, settings.name, kind, mark, config.model_type, notes, images)
 
 
 # --- where it is and what it is ----------------------------------------------------------------------------------
@@ -330,7 +335,7 @@ def _quantization(settings: ModelSettings, plain: list[str]) -> Any:
 
 def _set_labels(config: PreTrainedConfig, kind: str, labels: Sequence[str] | int | None) -> bool:
     """Write the labels into `config`; tells whether a stored head can be for these labels."""
-    if labels is None:
+    if labels is None or kind == "dual-encoder":  # whose classes are texts that it reads
         return True
     names = [f"LABEL_{number}" for number in range(labels)] if isinstance(labels, int) else [str(x) for x in labels]
     if kind not in CLASSIFYING:
@@ -462,6 +467,23 @@ def _tokenizer(settings: ModelSettings, place: Place, kind: str) -> PreTrainedTo
             revision=settings.revision if settings.tokenizer is None else None,
             trust_remote_code=settings.trust_remote_code,
         )
+
+
+def _preprocessor(settings: ModelSettings, place: Place) -> dict[str, Any] | None:
+    """What the model's files say about its images; None where they say nothing."""
+    if place.toy:
+        return None
+    from transformers.utils import cached_file
+
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        with _explained(settings, place, "image preprocessor"):
+            found = cached_file(
+                place.source, name, revision=settings.revision, _raise_exceptions_for_missing_entries=False
+            )
+            stated = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        if stated := (stated.get(part) if part else stated):
+            return stated
+    return None
 
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer: Any, settings: ModelSettings) -> list[str]:

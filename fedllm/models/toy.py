@@ -41,7 +41,8 @@ _SPECIAL: dict[str, dict[str, str]] = {
     "gpt2": {"pad": "<pad>", "bos": "<start>", "eos": "<end>"},
     "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
     "t5": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
-    "clip": {"pad": "<pad>", "bos": "<start>", "eos": "<end>"},
+    # not 2: of a text tower with end token 2 transformers reads the highest token instead (a mistake of old files)
+    "clip": {"pad": "<pad>", "bos": "<start>", "unk": "<unk>", "eos": "<end>"},
 }
 _TEMPLATES: dict[str, tuple[str, str]] = {
     "llama": ("<s> $A", "<s> $A $B:1"),

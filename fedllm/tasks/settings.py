@@ -6,13 +6,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TaskKind = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
+TaskKind = Literal[
+    "causal-lm", "seq2seq", "sequence-classification", "token-classification", "masked-lm", "dual-encoder"
+]
 
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (("instruction", "response"), ("messages",), ("text",)),
     "seq2seq": (("instruction", "response"),),
     "sequence-classification": (("text", "label"),),
     "token-classification": (("tokens", "tags"),),
+    "masked-lm": (("text",),),
+    "dual-encoder": (("image", "label"),),
 }
 """The columns each task reads: one of these sets, after `data.columns` has renamed them."""
 
@@ -23,10 +27,11 @@ class TaskSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: TaskKind = "causal-lm"
-    """causal-lm (instruction tuning or plain text), seq2seq, sequence-classification or token-classification."""
+    """causal-lm (instruction tuning or plain text), seq2seq, sequence-classification, token-classification, masked-lm
+    (pre-training of encoders on plain text) or dual-encoder (images told apart by the names of their classes)."""
     template: str = "auto"
     """How a row becomes a prompt: auto (the tokenizer's chat template, else plain), chat, plain, or a text with
-    {columns} in braces."""
+    {columns} in braces. Of a dual encoder, the text of a class with {} for its name; auto is 'a photo of a {}.'."""
     system: str | None = None
     """A system message for chat templates."""
     max_length: int = Field(512, ge=8)

@@ -19,6 +19,8 @@ from fedllm.core.errors import ModelError
 from fedllm.core.seeds import torch_stream
 from fedllm.core.tensors import Tensors
 from fedllm.models.adapters import grouped
+from fedllm.models.adapters.context import Context
+from fedllm.models.adapters.encoder import encoded, first_encoder
 from fedllm.models.adapters.grouped import Binding
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
@@ -33,10 +35,13 @@ from fedllm.models.structure import (
     is_linear,
     layer_count,
     match,
+    output_head,
     role,
 )
 
-KINDS = ("lora", "ia3", "prompt", "prefix", "bottleneck", "bitfit", "full")
+KINDS = ("lora", "ia3", "prompt", "prefix", "bottleneck", "bitfit", "full", "context")
+PERSONAL = ("lora", "full", "head")
+"""Kinds that take a second LoRA."""
 
 
 class Adapted:
@@ -46,15 +51,19 @@ class Adapted:
         loaded: the base model; it is never changed.
         settings: the adapter.
         seed: first values are derived from it and each tensor's name, alike at every client.
+        classes: names of the classes, where a context is made for each.
 
     Attributes:
         width_limit: 1 where parameters are swapped inside the model (full), else None.
         offset: positions a soft prompt puts before the inputs; the model's outputs are longer by them.
+        context: the soft words around class names, for adapter.kind=context.
     """
 
-    def __init__(self, loaded: Loaded, settings: AdapterSettings, seed: int) -> None:
+    def __init__(self, loaded: Loaded, settings: AdapterSettings, seed: int, classes: Sequence[str] = ()) -> None:
         self.loaded, self.model, self.settings, self.seed = loaded, loaded.model, settings, seed
         self.binding = Binding()
+        self.classes = classes
+        self.context: Context | None = None
         self.width_limit: int | None = None
         self.offset = 0
         self._initial: Tensors = {}
@@ -67,6 +76,10 @@ class Adapted:
         attach[settings.kind](modules)
         if settings.kind != "full":
             self._attach_head(modules)
+        if settings.personal:
+            self._attach_personal(modules)
+        if settings.bridge:
+            self._attach_bridge(modules)
         if not self._initial:
             raise ModelError(
                 f"The adapter '{settings.kind}' finds nothing to train in {loaded.name}.",
@@ -80,7 +93,15 @@ class Adapted:
 
     def initial(self) -> Tensors:
         """First values of the trainable tensors: float32 on the CPU."""
-        return {name: tensor.clone() for name, tensor in self._initial.items()}
+        return {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in self._initial.items()}
+
+    def weights(self) -> Tensors | None:
+        """The model's own float32 weights, to be moved in place and put back; None where others are trained."""
+        own = dict(self.model.named_parameters())
+        lent = all(p.dtype == torch.float32 and p.is_contiguous() for p in own.values())
+        if self.settings.kind != "full" or own.keys() != self._initial.keys() or not lent:
+            return None
+        return {name: parameter.detach() for name, parameter in own.items()}
 
     def remove(self) -> None:
         """Take the adapter off the model."""
@@ -112,11 +133,21 @@ class Adapted:
                 module.training = mode
             self.binding.params, self.binding.seeds, self.binding.width = before
 
+    @contextmanager
+    def at(self, rows: torch.Tensor, count: int) -> Iterator[None]:
+        """While the output layer is given chosen positions only: the row of each, [M] ascending, of `count` rows."""
+        before = self.binding.rows
+        self.binding.rows = rows, count
+        try:
+            yield
+        finally:
+            self.binding.rows = before
+
     def call(self, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
         """The model's output for `inputs`, with the bound prompt or prefix."""
         bound = self.binding.params
         if bound is not None and "prompt" in bound:
-            inputs = self._prompted(inputs, bound["prompt"])
+            inputs = self._prompted(inputs, encoded(bound))
         if bound is not None and "prefix.0.key" in bound:
             inputs = self._prefixed(inputs, bound)
         return self.model(**inputs, **options)
@@ -185,8 +216,13 @@ class Adapted:
         size = hidden_size(self.model)
         stream = torch_stream(self.seed, "init", "prompt")
         table = input_embedding(self.model).weight.detach().float().cpu()
-        rows = torch.randint(0, table.shape[0], (self.settings.tokens,), generator=stream)
-        self._initial["prompt"] = table[rows][:, :size].clone()
+        if self.settings.init == "random":
+            self._initial["prompt"] = torch.randn(self.settings.tokens, size, generator=stream) * 0.02
+        else:
+            rows = torch.randint(0, table.shape[0], (self.settings.tokens,), generator=stream)
+            self._initial["prompt"] = table[rows][:, :size].clone()
+        if self.settings.encoder == "mlp":
+            self._initial.update(first_encoder(size, self.settings.width, self.seed))
         self.offset = self.settings.tokens
 
     def _attach_prefix(self, modules: dict[str, nn.Module]) -> None:
@@ -208,12 +244,17 @@ class Adapted:
                 stream = torch_stream(self.seed, "init", name)
                 self._initial[name] = torch.randn(kv_heads, self.settings.tokens, size, generator=stream) * 0.1
 
+    def _attach_context(self, modules: dict[str, nn.Module]) -> None:
+        self.context = Context(self.loaded, self.settings, self.classes, self.seed)
+        self._initial[self.context.name] = self.context.initial
+        self._attached.append(self.context.attach(self.binding))
+
     def _attach_full(self, modules: dict[str, nn.Module]) -> None:
         self.width_limit = 1
         for full, parameter in self.model.named_parameters():
             if not parameter.is_floating_point():
                 raise self._unfit("training of all weights", "models that are not quantised")
-            self._initial[full] = parameter.detach().float().cpu().clone()
+            self._initial[full] = parameter.detach()  # not a copy: there may be no room for one
         names = {id(parameter): full for full, parameter in self.model.named_parameters()}
         for module in modules.values():  # a tied weight has one name and lies in several modules: swap it in each
             for leaf, parameter in module._parameters.items():
@@ -222,10 +263,17 @@ class Adapted:
 
     def _attach_head(self, modules: dict[str, nn.Module]) -> None:
         """A classification head is new and random: its linear layers are trained whole, whatever the adapter."""
-        for owner in head(self.model) or []:
-            for name, module in modules.items():
-                if (name == owner or name.startswith(f"{owner}.")) and is_linear(module):
-                    self._attach_linear(name, module)
+        for name in self._head_layers(modules):
+            self._attach_linear(name, modules[name])
+
+    def _head_layers(self, modules: dict[str, nn.Module]) -> list[str]:
+        """The linear layers of the classification head; the last one makes the logits."""
+        return [
+            name
+            for owner in head(self.model) or []
+            for name, module in modules.items()
+            if (name == owner or name.startswith(f"{owner}.")) and is_linear(module)
+        ]
 
     def _attach_linear(self, name: str, module: Any) -> None:
         self._initial[f"{name}.weight"] = module.weight.detach().float().cpu().clone()
@@ -234,6 +282,41 @@ class Adapted:
             self._initial[f"{name}.bias"] = bias.detach().float().cpu().clone()
         hook = grouped.linear_hook(self.binding, name, bias is not None)
         self._attached.append(module.register_forward_hook(hook))
+
+    def _attach_personal(self, modules: dict[str, nn.Module]) -> None:
+        """A second LoRA on the layers of the first, or on all linear ones, and on the head's."""
+        settings = self.settings
+        if settings.kind not in PERSONAL:
+            raise ModelError(
+                f"adapter.personal={settings.personal} has no meaning for adapter.kind={settings.kind}.",
+                f"Kinds with a second LoRA: {', '.join(PERSONAL)}.",
+                "lora",
+                "Set adapter.kind=lora.",
+            )
+        targets = "all-linear" if settings.kind == "full" and settings.targets == "auto" else settings.targets
+        names = [] if settings.kind == "head" else match(self.model, targets, "lora")
+        for name in [*names, *self._head_layers(modules)]:
+            inside, outside = features(modules[name])
+            self._first(f"{name}.personal.lora_A", (settings.personal, inside), 1.0 / math.sqrt(inside))
+            self._first(f"{name}.personal.lora_B", (outside, settings.personal), 0.0)
+            scale = settings.alpha / settings.personal
+            hook = grouped.lora_hook(self.binding, f"{name}.personal", scale, settings.dropout)
+            self._attached.append(modules[name].register_forward_hook(hook))
+
+    def _attach_bridge(self, modules: dict[str, nn.Module]) -> None:
+        """A LoRA beside the layer that makes the logits; its names and shapes do not depend on the model."""
+        rank, width = self.settings.bridge, self.settings.bridge_width
+        layers = self._head_layers(modules)
+        layer = modules[layers[-1]] if layers else output_head(self.model)
+        if layer is None or not is_linear(layer):
+            raise self._unfit("a bridge", "models whose logits come out of a linear layer")
+        inside, outside = features(layer)
+        self._first("bridge.lora_A", (rank, width), 1.0 / math.sqrt(width))
+        self._first("bridge.lora_B", (outside, rank), 0.0)
+        if inside != width:
+            self._first("bridge.project", (width, inside), math.sqrt(3.0 / inside))
+        hook = grouped.bridge_hook(self.binding, positions=not layers)
+        self._attached.append(layer.register_forward_hook(hook))
 
     # -- call-level kinds ---------------------------------------------------------------------------------------------
 

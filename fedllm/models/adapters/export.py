@@ -35,7 +35,7 @@ from fedllm.models.structure import head, role
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_TYPE = "FEDLLM"
 """What stands for `peft_type` in a folder that PEFT cannot read."""
-UNMERGEABLE = ("prompt", "prefix", "bottleneck")
+UNMERGEABLE = ("prompt", "prefix", "bottleneck", "context")
 """Kinds that are no change of weights."""
 _FACTS = "fedllm"  # the key of our own record in the metadata of the weights file; PEFT does not look there
 

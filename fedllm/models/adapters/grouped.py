@@ -28,6 +28,8 @@ class Binding:
     params: Tensors | None = None
     seeds: Sequence[int] | None = None
     width: int = field(default=1)
+    rows: tuple[torch.Tensor, int] | None = None
+    """For each input of the output layer its row of the batch, and how many rows that has; None: all positions."""
 
     def get(self, name: str) -> torch.Tensor | None:
         """The stacked tensor, or None where nothing is bound."""
@@ -149,3 +151,35 @@ def linear_hook(binding: Binding, name: str, with_bias: bool) -> Hook:
         return result.view(output.shape).to(output.dtype)
 
     return hook
+
+
+def bridge_hook(binding: Binding, positions: bool) -> Hook:
+    """output + B A P x beside the output layer, per client; without P where it is not bound (Yi et al., 2310.13283).
+
+    Args:
+        binding: what is bound.
+        positions: whether the layer may be given chosen positions ([M, in]); `binding.rows` then says whose they are.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        a = binding.get("bridge.lora_A")
+        if a is None:
+            return output
+        params = binding.params or {}
+        maps = [params["bridge.project"]] if "bridge.project" in params else []
+        parts = _by_client(binding, args[0].to(a.dtype), positions)
+        for own in (*maps, a, params["bridge.lora_B"]):
+            parts = [part @ matrix.T for part, matrix in zip(parts, own, strict=True)]
+        return output + torch.cat(parts).view(output.shape).to(output.dtype)
+
+    return hook
+
+
+def _by_client(binding: Binding, x: torch.Tensor, positions: bool) -> list[torch.Tensor]:
+    """Each client's inputs of the output layer, as a matrix."""
+    if binding.rows is not None:
+        owners = torch.div(binding.rows[0] * binding.width, binding.rows[1], rounding_mode="floor")
+        return list(x.split(torch.bincount(owners, minlength=binding.width).tolist()))
+    if positions and x.dim() == 2 and binding.width > 1:
+        raise ModelError(f"The output layer got {x.shape[0]} positions of {binding.width} clients, and not whose.")
+    return list(binding.grouped(x))

@@ -50,8 +50,8 @@ _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to draw A
 
 def has(adapted: Adapted) -> bool:
     """Whether PEFT can run this adapter; its prompts and prefixes act only in its classes for a task."""
-    kind = adapted.settings.kind
-    return kind in PEFT_TYPES and (kind not in VIRTUAL or adapted.loaded.kind in TASK_TYPES)
+    kind, plain = adapted.settings.kind, adapted.settings.encoder == "none"
+    return kind in PEFT_TYPES and (kind not in VIRTUAL or (plain and adapted.loaded.kind in TASK_TYPES))
 
 
 def to_peft(adapted: Adapted, params: Tensors) -> tuple[dict[str, Any], Tensors]:

@@ -1,0 +1,1 @@
+"""Prompt learning (3.1-3.7)."""
