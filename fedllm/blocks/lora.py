@@ -7,8 +7,10 @@ Shapes: A [r, d_in], B [d_out, r]; the weight change is B @ A.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -18,6 +20,10 @@ from fedllm.core.view import View
 
 A, B = ".lora_A", ".lora_B"
 """Endings of the names of the two factors."""
+Split = Literal["both", "out"]
+"""Where the singular values of a product go: their roots into A and B, or all into B."""
+Svd = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(U, S, V^T)."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +77,68 @@ class LoraPair:
         return ((self.b.T @ self.b) * (self.a @ self.a.T)).sum().clamp(min=0).sqrt()
 
     @classmethod
-    def from_product(cls, product: torch.Tensor, rank: int) -> LoraPair:
-        """The best pair of `rank` for a weight change, by SVD in float32, singular values split evenly.
+    def from_product(
+        cls, product: torch.Tensor, rank: int, split: Split = "both", fresh: torch.Tensor | None = None
+    ) -> LoraPair:
+        """The best pair of `rank` for a weight change, by SVD in float32; see :meth:`from_svd`."""
+        return cls.from_svd(torch.linalg.svd(product.float(), full_matrices=False), rank, split, fresh)
+
+    @classmethod
+    def from_svd(cls, parts: Svd, rank: int, split: Split = "both", fresh: torch.Tensor | None = None) -> LoraPair:
+        """The best pair of `rank` for U S V^T. Pairs of smaller ranks are its first rows and columns.
 
         Signs are fixed (the largest entry of each left vector is positive), so that every machine gives the same pair.
+
+        Args:
+            parts: (U, S, V^T), singular values descending.
+            rank: rank of the result.
+            split: `both` - the roots of the singular values go into A and B; `out` - all of them into B.
+            fresh: A of at least `rank` rows: where nothing is left of the product, its row takes the place in A beside
+                a column of B that is 0, so that the direction can still be learnt; None puts zeros in both, which
+                no gradient moves.
         """
-        u, s, v = torch.linalg.svd(product.float(), full_matrices=False)
-        kept = min(rank, s.shape[0])
+        u, s, v = parts
+        least = float(s[0]) * max(u.shape[0], v.shape[1]) * torch.finfo(torch.float32).eps if s.numel() else 0.0
+        kept = min(rank, int((s > least).sum()))
         u, s, v = u[:, :kept], s[:kept], v[:kept]
         sign = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True))).squeeze(0)
-        root = s.sqrt()
-        return cls((v * (sign * root).unsqueeze(1)), u * (sign * root)).pad(rank)
+        inside, outside = (sign * s.sqrt(), sign * s.sqrt()) if split == "both" else (sign, sign * s)
+        pair = cls(v * inside.unsqueeze(1), u * outside).pad(rank)
+        if fresh is not None:
+            pair.a[kept:] = fresh[kept:rank]
+        return pair
+
+    def to_rank(self, rank: int, split: Split = "both", fresh: torch.Tensor | None = None) -> LoraPair:
+        """The best pair of `rank` for this product; see :meth:`from_svd`."""
+        return LoraPair.from_svd(self.svd(), rank, split, fresh)
+
+    def svd(self) -> Svd:
+        """(U, S, V^T) of the product, at most min(in, out) singular values.
+
+        With fewer rows than that the product is never formed: QR of both factors, then the SVD of a small core
+        (Golub and Van Loan, Matrix Computations, 5.2).
+        """
+        if self.rank >= min(self.a.shape[1], self.b.shape[0]):
+            return torch.linalg.svd((self.b.float() @ self.a.float()), full_matrices=False)
+        left, upper = torch.linalg.qr(self.b.double())
+        right, other = torch.linalg.qr(self.a.double().T)
+        u, s, v = torch.linalg.svd(upper @ other.T, full_matrices=False)
+        return (left @ u).float(), s.float(), (v @ right.T).float()
+
+
+def energy(singular: torch.Tensor, rank: int) -> tuple[float, float]:
+    """The sum of squares of the first `rank` singular values, and that of all: what a cut keeps of ||D||^2."""
+    squares = singular.double().square()
+    return float(squares[:rank].sum()), float(squares.sum())
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A short fingerprint of names, shapes and bits, by which two sides compare what they hold."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def pairs(tensors: Mapping[str, torch.Tensor], scale: float = 1.0) -> dict[str, LoraPair]:

@@ -18,6 +18,7 @@ from fedllm.core.message import Received, Upload
 from fedllm.core.meter import Meter
 from fedllm.core.roster import Group, Member
 from fedllm.core.seeds import derive
+from fedllm.core.split import Body, halves
 from fedllm.core.state import State
 from fedllm.core.tensors import finite
 from fedllm.core.wire import decode, encode, size_by_part
@@ -123,6 +124,7 @@ class Server:
     Attributes:
         lost: clients that did not answer since the last :meth:`begin`, with reasons.
         rejected: clients whose upload was refused since then, with reasons.
+        learner: the server's own model, for protocols in which it holds a part; None where it has none.
     """
 
     engine: Engine
@@ -134,6 +136,7 @@ class Server:
     rejected: list[dict[str, str]] = field(default_factory=list)
     keep: Callable[[State], None] = lambda state: None
     turn: int = 0
+    learner: object = None
     _open: dict[str, tuple[str, str]] = field(default_factory=dict)
     _accepted: list[str] = field(default_factory=list)
     _asked: int = 0
@@ -142,6 +145,10 @@ class Server:
     def clients(self) -> Sequence[str]:
         """The ids of all registered clients, sorted."""
         return self.engine.client_ids
+
+    def body(self, first: int, last: int | None) -> Body:
+        """The server's part, layers first..last-1, of a split model; see :func:`fedllm.core.split.halves`."""
+        return halves(self.learner, first, last).body
 
     def member(self, client: str) -> Member:
         """A registered client with its group."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -17,6 +17,9 @@ from fedllm.core.message import Json, Received, Upload
 from fedllm.core.roster import Group
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
+
+if TYPE_CHECKING:
+    from fedllm.core.split import Ends
 
 Row = Mapping[str, Any]
 Terms = Sequence[tuple[float, Tensors]]
@@ -110,7 +113,46 @@ class Embed:
     texts: tuple[str, ...]
 
 
-Request = Fit | Gradient | Score | Outputs | Hidden | Generate | Embed
+@dataclass(frozen=True)
+class Directions:
+    """scale * sum_j values_j z(seeds_j), added to tensors; see :mod:`fedllm.blocks.zeroth`."""
+
+    seeds: Sequence[int]
+    values: torch.Tensor
+    """[len(seeds)]"""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Losses at theta + eps z and theta - eps z on the same batch, seed after seed: forward passes without dropout.
+
+    With `lr` the probe walks: theta <- theta - lr (g z + decay theta) after each seed, where g is the slope
+    (loss+ - loss-) / (2 eps), and every seed has the next batch. Without it all seeds share the round's first batch.
+    A seed whose losses are not finite, or further apart than `limit`, moves nothing and has the slope NaN.
+    """
+
+    start: Tensors | None
+    """None: the model's own first values. A model that lends its weights (:class:`Lending`) walks in place."""
+    seeds: Sequence[int]
+    train: Train
+    """Batch size and accumulation; everything else of it is the caller's to use."""
+    eps: float
+    lr: float | None = None
+    decay: float = 0.0
+    """Decoupled weight decay of tensors with two or more dimensions."""
+    replay: Directions | None = None
+    """Added to the start before the first seed."""
+    limit: float | None = None
+    split: str = "train"
+    fixed: Tensors | None = None
+    measure: bool = False
+    """Score `split` at the start (with `replay`), in place of probing."""
+    first: Callable[[], Tensors] | None = None
+    """Makes the start where none is given and the model does not lend its weights."""
+
+
+Request = Fit | Gradient | Score | Outputs | Hidden | Generate | Embed | Probe
 
 
 @dataclass(frozen=True)
@@ -163,6 +205,24 @@ class ScoreReport:
         return {name: (value, 1.0) for name, value in self.counts.items()}
 
 
+@dataclass(frozen=True)
+class ProbeReport(FitReport):
+    """What a :class:`Probe` found; `params` and `delta` are empty where the model's own weights were used.
+
+    Attributes:
+        slopes: g by seed, float32 [seeds]; NaN where a seed was skipped.
+        score: the measurement, where that was asked for.
+    """
+
+    slopes: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    score: ScoreReport | None = None
+
+    @property
+    def kept(self) -> list[int]:
+        """The places of the seeds that were not skipped."""
+        return torch.nonzero(torch.isfinite(self.slopes)).flatten().tolist()
+
+
 class Asked:
     """An awaitable that hands `request` to the driver and resolves to its result."""
 
@@ -206,6 +266,14 @@ class Client(Protocol):
 
     def rows(self, split: str = "train") -> Sequence[Mapping[str, Any]]:
         """The client's rows, as loaded."""
+        ...
+
+    def examples(self, split: str = "train") -> Sequence[Example]:
+        """The client's rows as the task prepared them, for a protocol that works on batches itself."""
+        ...
+
+    def ends(self, first: int, last: int | None) -> Ends:
+        """This client's part of a model whose layers first..last-1 are the server's; see :mod:`fedllm.core.split`."""
         ...
 
     async def fit(
@@ -268,6 +336,24 @@ class Client(Protocol):
         The server sees an answer with a session and goes on with :meth:`fedllm.core.server.Server.reply`. Raises
         GeneratorExit inside the coroutine where the server closes the session or does not answer in time.
         """
+        ...
+
+    async def probe(
+        self,
+        start: Tensors | None,
+        seeds: Sequence[int],
+        train: Train,
+        eps: float,
+        *,
+        lr: float | None = None,
+        decay: float = 0.0,
+        replay: Directions | None = None,
+        limit: float | None = None,
+        split: str = "train",
+        fixed: Tensors | None = None,
+        measure: bool = False,
+    ) -> ProbeReport:
+        """Slopes along seeded directions, from forward passes alone; see :class:`Probe`."""
         ...
 
     async def generate(
@@ -361,6 +447,15 @@ class Learner(Protocol):
 
     def embed(self, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
         """Inside :meth:`using`: one matrix per client."""
+        ...
+
+
+@runtime_checkable
+class Lending(Protocol):
+    """A learner whose own weights can be changed in place for a while, where a second copy would not fit."""
+
+    def weights(self) -> Tensors | None:
+        """The trainable tensors inside the model, by the names of `initial`; None where they are not its weights."""
         ...
 
 

@@ -12,12 +12,15 @@ import torch
 from fedllm.core.message import Received, Upload
 from fedllm.core.roster import ALL, Group
 from fedllm.core.seeds import numpy_stream
+from fedllm.core.split import Ends, Halves
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import (
     Asked,
     Correction,
+    Directions,
     Embed,
+    Example,
     Exchange,
     Fit,
     FitReport,
@@ -26,6 +29,8 @@ from fedllm.core.work import (
     Hidden,
     Outputs,
     Penalty,
+    Probe,
+    ProbeReport,
     Row,
     Score,
     ScoreReport,
@@ -47,6 +52,8 @@ class TurnClient:
     seed: int
     read: Callable[[str], Sequence[Mapping[str, Any]]]
     first: Callable[[], Tensors]
+    held: Callable[[str], Sequence[Example]]
+    cut: Callable[[int, int | None], Halves]
     group: Group = ALL
     turn: int = 0
 
@@ -61,6 +68,14 @@ class TurnClient:
     def rows(self, split: str = "train") -> Sequence[Mapping[str, Any]]:
         """The client's rows, as loaded."""
         return self.read(split)
+
+    def examples(self, split: str = "train") -> Sequence[Example]:
+        """The client's rows as the task prepared them."""
+        return self.held(split)
+
+    def ends(self, first: int, last: int | None) -> Ends:
+        """This client's part of a split model."""
+        return self.cut(first, last).ends
 
     async def fit(
         self,
@@ -116,6 +131,25 @@ class TurnClient:
     ) -> list[torch.Tensor]:
         """Hidden states per layer."""
         return await Asked(Hidden(params, rows, fixed))
+
+    async def probe(
+        self,
+        start: Tensors | None,
+        seeds: Sequence[int],
+        train: Train,
+        eps: float,
+        *,
+        lr: float | None = None,
+        decay: float = 0.0,
+        replay: Directions | None = None,
+        limit: float | None = None,
+        split: str = "train",
+        fixed: Tensors | None = None,
+        measure: bool = False,
+    ) -> ProbeReport:
+        """Slopes along seeded directions; see :class:`fedllm.core.work.Probe`."""
+        how = lr, decay, replay, limit, split, fixed, measure, self.first
+        return await Asked(Probe(start, seeds, train, eps, *how))
 
     async def exchange(self, upload: Upload) -> Received:
         """Give `upload` to the server and wait for its answer in this session."""

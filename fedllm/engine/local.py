@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
 from fedllm.core.roster import ALL, SERVER, Group
 from fedllm.core.server import Reply, Request
+from fedllm.core.split import halves
 from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode, encode
 from fedllm.core.work import Example, Exchange, Learner, Rows
@@ -151,6 +153,8 @@ class LocalWorker:
             self.seed,
             lambda split: self.read(name, split),
             lambda: {n: t for n, t in learner.initial().items() if self._moves(n)},
+            self._reader(name),
+            partial(halves, learner),
             self.group(name),
             request.turn,
         )

@@ -30,6 +30,7 @@ from fedllm.core.work import (
     Hidden,
     Learner,
     Outputs,
+    Probe,
     Request,
     Score,
     ScoreReport,
@@ -91,6 +92,11 @@ def alike(job: Job) -> tuple[Any, ...]:
         steps = None if request.moments is None else float(request.moments.get("step", torch.zeros(())))
         how = request.train, request.split, request.loss, rules, steps
         return Fit, how, _form(request.start), _form(request.fixed), terms, given
+    if isinstance(request, Probe):
+        train, count = request.train, len(request.seeds)
+        size = train.batch_size, train.accumulate
+        how = *size, count, request.eps, request.lr is None, request.limit, request.split, request.measure
+        return Probe, how, _form(request.start), _form(request.fixed)
     if isinstance(request, Gradient):
         return Gradient, request.split, _form(request.params), _form(request.fixed)
     if isinstance(request, Score):
@@ -104,7 +110,7 @@ def alike(job: Job) -> tuple[Any, ...]:
 
 def bound_names(request: Request) -> frozenset[str] | None:
     """The trainable tensors that a request names; None where it wants the base model."""
-    tree = request.start if isinstance(request, Fit) else request.params
+    tree = request.start if isinstance(request, Fit | Probe) else request.params
     fixed = getattr(request, "fixed", None)
     return None if tree is None and fixed is None else frozenset((*(tree or ()), *(fixed or ())))
 
@@ -547,6 +553,12 @@ def _embed(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
     return results
 
 
+def _probe(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
+    from fedllm.engine.zeroth import probe  # it builds on this module
+
+    return probe(learner, jobs)
+
+
 def _shared(trees: Sequence[Tensors | None], learner: Learner, frozen: Tensors) -> tuple[Tensors | None, int]:
     """The parameters of a measuring pass and how many different models they are: 1 where all clients have the same."""
     present = [tree for tree in trees if tree is not None]
@@ -573,4 +585,5 @@ _RUN: dict[type, Callable[[Learner, Sequence[Job]], list[Result]]] = {
     Hidden: _outputs,
     Generate: _generate,
     Embed: _embed,
+    Probe: _probe,
 }

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedllm.core.errors import ConfigError, ModelError
+from fedllm.core.split import Halves
 from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example, Groups
 from fedllm.evaluate import Metric
@@ -20,8 +21,12 @@ from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
 from fedllm.models.structure import is_encoder_decoder
 from fedllm.tasks.decode import context, continue_prompts
+from fedllm.tasks.masked import MaskedLM
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import IGNORE, TASKS
+from fedllm.tasks.task import IGNORE, TASKS, Task
+
+KINDS: dict[str, type[Task]] = {**TASKS, MaskedLM.kind: MaskedLM}
+"""Every task of a transformer by its kind."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,12 @@ class TransformerLearner:
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
         self.adapted = Adapted(loaded, adapter, seed)
         self.notes = list(loaded.notes)
-        self.task = TASKS[task.kind](self._fitting(task), loaded.tokenizer, labels)
+        self.task = KINDS[task.kind](self._fitting(task), loaded.tokenizer, labels)
         self.texts = _text_metrics(task)
         self.score_names = (*self.task.score_names, *(metric.name for metric in self.texts))
         self.width_limit = self.adapted.width_limit
         self._both_ways = is_encoder_decoder(loaded.model)
+        self._halves: dict[tuple[int, int | None], Halves] = {}
         self._select = _Selection()
         self._selective = self.task.per_token and self._install_selection()
 
@@ -93,6 +99,10 @@ class TransformerLearner:
     def initial(self) -> Tensors:
         """First values of the trainable tensors."""
         return self.adapted.initial()
+
+    def weights(self) -> Tensors | None:
+        """The model's own weights where it is they that are trained; see :class:`fedllm.core.work.Lending`."""
+        return self.adapted.weights()
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Tokenised examples; see :meth:`fedllm.tasks.task.Task.prepare`."""
@@ -177,6 +187,14 @@ class TransformerLearner:
     ) -> list[list[str]]:
         """Continue prompts, client after client; greedy where temperature is 0."""
         return continue_prompts(self.adapted, prompts, max_tokens, temperature, seeds)
+
+    def split(self, first: int, last: int | None) -> Halves:
+        """Cut the model for split learning: layers first..last-1 are the server's; see :mod:`fedllm.core.split`."""
+        from fedllm.tasks.split_learner import split_learner
+
+        if (first, last) not in self._halves:
+            self._halves[first, last] = split_learner(self, first, last)
+        return self._halves[first, last]
 
     def embed(self, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
         """The mean of the last hidden states over real tokens, one row per text."""

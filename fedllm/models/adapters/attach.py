@@ -169,8 +169,11 @@ class Adapted:
             bound = 1.0 / math.sqrt(inside)
             self._first(f"{name}.lora_A", (settings.rank, inside), bound)
             self._first(f"{name}.lora_B", (outside, settings.rank), 0.0)
-            hook = grouped.lora_hook(self.binding, name, scale, settings.dropout)
-            self._attached.append(modules[name].register_forward_hook(hook))
+            for hook in (
+                grouped.lora_hook(self.binding, name, scale, settings.dropout),
+                grouped.sparse_hook(self.binding, name, scale),
+            ):
+                self._attached.append(modules[name].register_forward_hook(hook))
 
     def _attach_ia3(self, modules: dict[str, nn.Module]) -> None:
         for name in match(self.model, self.settings.targets, "ia3"):

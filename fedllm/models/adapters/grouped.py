@@ -66,6 +66,46 @@ def lora_hook(binding: Binding, name: str, scale: float, dropout: float) -> Hook
     return hook
 
 
+def sparse_hook(binding: Binding, name: str, scale: float) -> Hook:
+    """output + scale * S x, per client; S [out, in] holds the values NAME.sparse [K, nnz] at the flat places
+    NAME.sparse_at [K, nnz] and zeros elsewhere. Nothing where no values are bound: they have no first values.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        values = (binding.params or {}).get(f"{name}.sparse")
+        if values is None:
+            return output
+        at = (binding.params or {})[f"{name}.sparse_at"]
+        x = binding.grouped(args[0]).to(values.dtype)
+        change = _SparseProduct.apply(x, values, at, output.shape[-1])
+        return output + (change * scale).view(output.shape).to(output.dtype)
+
+    return hook
+
+
+class _SparseProduct(torch.autograd.Function):
+    """x S^T. The dense S is made anew for the backward pass, so that no layer keeps one per client."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, at: torch.Tensor, outside: int) -> torch.Tensor:
+        ctx.save_for_backward(x, values, at)
+        ctx.outside = outside
+        return torch.bmm(x, _scattered(values, at, outside, x.shape[-1]).transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        x, values, at = ctx.saved_tensors
+        by_x = torch.bmm(grads[0], _scattered(values, at, ctx.outside, x.shape[-1])) if ctx.needs_input_grad[0] else None
+        whole = torch.bmm(grads[0].transpose(1, 2), x).flatten(1) if ctx.needs_input_grad[1] else None
+        return by_x, None if whole is None else whole.gather(1, at), None, None
+
+
+def _scattered(values: torch.Tensor, at: torch.Tensor, outside: int, inside: int) -> torch.Tensor:
+    """[K, nnz] at flat places -> [K, out, in]."""
+    empty = values.new_zeros(values.shape[0], outside * inside)
+    return empty.scatter(1, at, values).view(values.shape[0], outside, inside)
+
+
 def _keep(x: torch.Tensor, name: str, dropout: float, seeds: Sequence[int]) -> torch.Tensor:
     """A dropout mask of the shape of x, scaled by 1 / (1 - p).
 

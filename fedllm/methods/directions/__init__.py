@@ -1,0 +1,1 @@
+"""Future directions - the survey's sections 4.1 to 4.5."""

@@ -1,0 +1,1 @@
+"""Parameter efficiency - the survey's section 2.3."""

@@ -1,0 +1,1 @@
+"""Privacy and security - the survey's section 2.2."""

@@ -1,0 +1,1 @@
+"""Modes - wrappers around the uploads of any method."""
