@@ -348,7 +348,12 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     from fedllm.models.adapters.export import save_adapter
 
     if state.params:  # some methods share no weights: there is no federated model to save
-        save_adapter(folder.path / "adapter", ground.learner.adapted, {**legs[0].frozen, **state.params})
+        whole = {
+            **ground.learner.initial(),
+            **legs[0].frozen,
+            **state.params,
+        }  # what clients keep is at its first values
+        save_adapter(folder.path / "adapter", ground.learner.adapted, whole)
     rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
     rows += [leg.row() for leg in legs if leg.state.round or leg.counts]
     order = {"base": 0, "local": 1, "federated": 2, "central": 3}

@@ -5,19 +5,21 @@ protocol's. Mixing adds weighted differences, x + sum_j w_j (x_j - x), so that t
 amounts and peers that agree stay where they are.
 
 Sources: D-PSGD, Lian et al., NeurIPS 2017, arXiv:1705.09056; SGP, Assran et al., ICML 2019, arXiv:1811.10792; CHOCO,
-Koloskova et al., ICML 2019, arXiv:1902.00340 (section 3 and 4); Moshpit, Ryabinin et al., NeurIPS 2021, arXiv:2103.03239.
+Koloskova et al., ICML 2019, arXiv:1902.00340 (sections 3, 4); Moshpit, Ryabinin et al., NeurIPS 2021,
+arXiv:2103.03239.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import numpy
 import torch
 
-from fedllm.core.errors import ConfigError, UploadRejected
+from fedllm.blocks.compress import Compressor
+from fedllm.core.errors import UploadRejected
+from fedllm.core.message import Json
 from fedllm.core.tensors import Tensors, add, finite, norm, same_shapes, subtract, zeros
 
 Weighted = Iterable[tuple[float, Tensors]]
@@ -97,139 +99,59 @@ class Agreement:
         return distance / max(norm(self._mean), 1e-30) if distance else 0.0
 
 
-# -- compressors ----------------------------------------------------------------------------------------------------------
+# -- public copies -----------------------------------------------------------------------------------------------------
 
 
-class Compressor(Protocol):
-    """C of CHOCO: what travels in place of a difference, and what it stands for."""
+class PublicCopies:
+    """CHOCO's xhat of this peer and of its neighbours, as this peer holds them.
 
-    def encode(self, difference: Tensors, rng: numpy.random.Generator) -> Tensors:
-        """The tensors that travel."""
-        ...
+    A copy is known by the round of its last change. Peers tell each other what they hold; whoever holds another copy
+    than its owner (it was down, or the owner's round was undone) is sent the whole of it in place of the difference.
 
-    def decode(self, sent: Tensors, like: Tensors) -> Tensors:
-        """The difference they stand for, in the shapes of `like`; raises :class:`UploadRejected` for anything else."""
-        ...
+    Args:
+        peer: whose they are.
+        first: the copy of everybody before round 1: the common first values.
+        held: earlier :attr:`tensors`; None at the beginning.
+        tags: peer -> round of the last change of its copy held here; 0 where it is `first`.
+        packing: what differences are sent as.
+    """
 
+    def __init__(
+        self, peer: str, first: Tensors, held: Tensors | None, tags: Mapping[str, int] | None, packing: Compressor
+    ) -> None:
+        self.peer, self.first, self.packing = peer, first, packing
+        self.tensors, self.tags = dict(held or {}), dict(tags or {})
 
-class Identity:
-    """Everything, as it is."""
+    def of(self, peer: str) -> Tensors:
+        """The copy of a peer."""
+        return {name: self.tensors.get(f"{peer}\x1f{name}", tensor) for name, tensor in self.first.items()}
 
-    def encode(self, difference: Tensors, rng: numpy.random.Generator) -> Tensors:
-        """See :class:`Compressor`."""
-        return difference
+    def behind(self, said: Mapping[str, Json]) -> list[str]:
+        """Which neighbours hold another copy of this peer than it does itself; `said`: neighbour -> its tags."""
+        tag = self.tags.get(self.peer, 0)
+        return [peer for peer, tags in said.items() if tags.get(self.peer, 0) != tag]
 
-    def decode(self, sent: Tensors, like: Tensors) -> Tensors:
-        """See :class:`Compressor`."""
-        same_shapes(sent, like, "A message")
-        return sent
+    def say(self, model: Tensors, round: int, rng: numpy.random.Generator) -> Tensors:
+        """What to send so that the own copy comes closer to the model; the own copy changes by it at once."""
+        own = self.of(self.peer)
+        message = self.packing.encode(subtract(model, own), rng)
+        self._set(self.peer, add(own, self.packing.decode(message, own)), round)
+        return message
 
+    def hear(self, sender: str, sent: Tensors, whole: bool, round: int) -> Tensors:
+        """The renewed copy of a neighbour; raises :class:`UploadRejected` and keeps the old one where `sent` is bad."""
+        before = self.of(sender)
+        found = sent if whole else checked(self.packing.decode(sent, before), before, sender)
+        copy = checked(found if whole else add(before, found), before, sender)
+        self._set(sender, copy, round)
+        return copy
 
-class TopK:
-    """The `fraction` of each tensor's entries that is largest: values and their places (int32)."""
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction = fraction
-
-    def encode(self, difference: Tensors, rng: numpy.random.Generator) -> Tensors:
-        """See :class:`Compressor`."""
-        found: Tensors = {}
-        for name, tensor in difference.items():
-            flat = tensor.flatten()
-            places = flat.abs().topk(math.ceil(self.fraction * flat.numel())).indices.sort().values
-            found[f"places.{name}"], found[f"values.{name}"] = places.to(torch.int32), flat[places]
-        return found
-
-    def decode(self, sent: Tensors, like: Tensors) -> Tensors:
-        """See :class:`Compressor`."""
-        found = zeros(like)
-        for name, tensor in found.items():
-            places, values = _taken(sent, f"places.{name}").long(), _taken(sent, f"values.{name}")
-            if places.shape != values.shape or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < tensor.numel()):
-                raise UploadRejected(f"The entries of '{name}' lie outside of its {tensor.numel()}.")
-            tensor.view(-1)[places] = values.to(tensor.dtype)
-        return found
+    def _set(self, peer: str, copy: Tensors, round: int) -> None:
+        self.tensors.update({f"{peer}\x1f{name}": tensor for name, tensor in copy.items()})
+        self.tags[peer] = round
 
 
-class Sign:
-    """One bit per entry and the mean magnitude of each tensor."""
-
-    def encode(self, difference: Tensors, rng: numpy.random.Generator) -> Tensors:
-        """See :class:`Compressor`."""
-        found: Tensors = {}
-        for name, tensor in difference.items():
-            bits = numpy.packbits((tensor.flatten() > 0).numpy())
-            found[f"bits.{name}"] = torch.from_numpy(bits)
-            found[f"scale.{name}"] = tensor.abs().mean().reshape(1)
-        return found
-
-    def decode(self, sent: Tensors, like: Tensors) -> Tensors:
-        """See :class:`Compressor`."""
-        found = {}
-        for name, tensor in like.items():
-            bits, scale = _taken(sent, f"bits.{name}"), _taken(sent, f"scale.{name}")
-            if bits.dtype != torch.uint8 or bits.shape != (-(-tensor.numel() // 8),) or scale.shape != (1,):
-                raise UploadRejected(f"The signs of '{name}' are not one bit for each of {tensor.numel()} entries.")
-            signs = torch.from_numpy(numpy.unpackbits(bits.numpy(), count=tensor.numel())).to(scale.dtype) * 2 - 1
-            found[name] = (signs * scale).view(tensor.shape)
-        return found
-
-
-class Quantise:
-    """Whole numbers of `bits` bits (4 or 8) in units of each tensor's largest magnitude, rounded at random (unbiased)."""
-
-    def __init__(self, bits: int) -> None:
-        self.bits, self.levels = bits, 2 ** (bits - 1) - 1
-
-    def encode(self, difference: Tensors, rng: numpy.random.Generator) -> Tensors:
-        """See :class:`Compressor`."""
-        found: Tensors = {}
-        for name, tensor in difference.items():
-            scale = tensor.abs().max().reshape(1) / self.levels
-            exact = (tensor.flatten() / scale.clamp(min=torch.finfo(scale.dtype).tiny)).double().numpy()
-            codes = numpy.floor(exact + rng.random(exact.shape)).clip(-self.levels, self.levels) + self.levels
-            found[f"codes.{name}"] = torch.from_numpy(self._packed(codes.astype(numpy.uint8)))
-            found[f"scale.{name}"] = scale
-        return found
-
-    def decode(self, sent: Tensors, like: Tensors) -> Tensors:
-        """See :class:`Compressor`."""
-        found = {}
-        for name, tensor in like.items():
-            codes, scale = _taken(sent, f"codes.{name}"), _taken(sent, f"scale.{name}")
-            if codes.dtype != torch.uint8 or codes.shape != (-(-tensor.numel() * self.bits // 8),) or scale.shape != (1,):
-                raise UploadRejected(f"The codes of '{name}' are not {self.bits} bits for each of {tensor.numel()} entries.")
-            whole = torch.from_numpy(self._unpacked(codes.numpy())[: tensor.numel()].astype(numpy.int16))
-            found[name] = ((whole - self.levels).to(scale.dtype) * scale).view(tensor.shape)
-        return found
-
-    def _packed(self, codes: numpy.ndarray) -> numpy.ndarray:
-        if self.bits == 8:
-            return codes
-        even = numpy.pad(codes, (0, len(codes) % 2))
-        return (even[::2] << 4) | even[1::2]
-
-    def _unpacked(self, packed: numpy.ndarray) -> numpy.ndarray:
-        return packed if self.bits == 8 else numpy.stack([packed >> 4, packed & 15], 1).reshape(-1)
-
-
-def compressor(name: str, fraction: float = 0.1, bits: int = 8) -> Compressor:
-    """`identity`, `top-k` (with `fraction`), `sign` or `quantise` (with `bits`)."""
-    found: Mapping[str, Compressor] = {
-        "identity": Identity(), "top-k": TopK(fraction), "sign": Sign(), "quantise": Quantise(bits)
-    }  # fmt: skip
-    if name not in found:
-        raise ConfigError.unknown("compressor", name, found)
-    return found[name]
-
-
-def _taken(sent: Tensors, name: str) -> torch.Tensor:
-    if name not in sent:
-        raise UploadRejected(f"A message has no '{name}'.")
-    return sent[name]
-
-
-# -- exact means ----------------------------------------------------------------------------------------------------------
+# -- exact means -------------------------------------------------------------------------------------------------------
 
 
 class RingMean:

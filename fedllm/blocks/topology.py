@@ -176,7 +176,7 @@ def push_weights(graph: Graph) -> Matrix:
 
 
 def lambda2(weights: Matrix) -> float:
-    """The second largest modulus of an eigenvalue: disagreement shrinks by it per mix. 0 for one peer, 1 where apart."""
+    """The second largest modulus of an eigenvalue: disagreement shrinks by it per mix; 1 where apart."""
     if len(weights) < 2:
         return 0.0
     found = numpy.linalg.eigvalsh(weights) if numpy.array_equal(weights, weights.T) else numpy.linalg.eigvals(weights)

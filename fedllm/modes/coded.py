@@ -142,6 +142,13 @@ class Manifest:
         return cls(kind, facts, entries)
 
 
+def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` in `dtype`; what float16 cannot hold becomes its largest number, not infinity."""
+    if dtype is torch.float16 and values.dtype is not dtype:
+        values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return values.to(dtype)
+
+
 def _refused(constant: str) -> Any:
     raise ValueError(f"the number {constant}")
 

@@ -37,7 +37,7 @@ class LowRank:
     def pays(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
         """Whether the factors are smaller than a tensor of this shape and type."""
         m, n = _sides(shape)
-        return len(shape) > 1 and 4 * self.rank * (m + n) < m * n * dtype.itemsize
+        return self.rank < min(m, n) and 4 * self.rank * (m + n) < m * n * dtype.itemsize
 
     def layout(self, shape: Sequence[int], dtype: torch.dtype) -> list[Section]:
         """See :class:`~fedllm.modes.coded.Coder`: P and Q in float32."""

@@ -52,12 +52,12 @@ class Quantise:
 
     def encode(self, values: torch.Tensor, dtype: torch.dtype, rng: numpy.random.Generator) -> list[torch.Tensor]:
         """See :class:`~fedllm.modes.coded.Coder`."""
-        n = values.numel()
+        flat = values.reshape(-1)
         if self.clip:
-            return [self._stored(self._rounded(values.reshape(-1) / self.step, rng))]
-        rows = self._rows(values.reshape(-1))
-        scales = (rows.abs().amax(1) / self.top if n else rows.new_empty(0)).float().clamp_min(TINY)
-        return [self._stored(self._rounded(rows / scales[:, None], rng).reshape(-1)[:n]), scales]
+            return [self._stored(self._rounded(flat / self.step, rng))]
+        rows = self._rows(flat)
+        scales = (rows.abs().amax(1) / self.top).float().clamp_min(TINY)
+        return [self._stored(self._rounded(rows / scales[:, None], rng).reshape(-1)[: flat.numel()]), scales]
 
     def decode(self, sections: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
         """See :class:`~fedllm.modes.coded.Coder`."""
@@ -88,7 +88,8 @@ class Quantise:
 
     def _rows(self, flat: torch.Tensor) -> torch.Tensor:
         """[blocks, block], the last one filled with zeros."""
-        return pad(flat, (0, -flat.numel() % self.block)).view(-1, self.block)
+        block = min(self.block, max(flat.numel(), 1))
+        return pad(flat, (0, -flat.numel() % block)).view(-1, block)
 
     def _rounded(self, values: torch.Tensor, rng: numpy.random.Generator) -> torch.Tensor:
         values = values.clamp(-self.top, self.top)

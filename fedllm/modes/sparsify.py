@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from fedllm.modes.coded import Section
+from fedllm.modes.coded import Section, narrowed
 from fedllm.modes.quantise import bits_of, truths
 
 
@@ -44,9 +44,9 @@ class TopK:
         mask = largest(flat.abs(), self.kept(flat.numel()))
         (places, _), *_ = self.layout(values.shape, dtype)
         if places is torch.uint8:
-            return [bits_of(mask), flat[mask].to(dtype)]
+            return [bits_of(mask), narrowed(flat[mask], dtype)]
         found = mask.nonzero().reshape(-1)
-        return [found.diff(prepend=found.new_zeros(1)).to(places), flat[found].to(dtype)]
+        return [found.diff(prepend=found.new_zeros(1)).to(places), narrowed(flat[found], dtype)]
 
     def decode(self, sections: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
         """See :class:`~fedllm.modes.coded.Coder`."""
@@ -55,10 +55,13 @@ class TopK:
         if places.dtype == torch.uint8:
             found = truths(places, n).nonzero().reshape(-1)
         else:
-            if bool((places[1:] < 1).any()) or bool((places[:1] < 0).any()):
-                raise ValueError("places that do not rise")
             found = places.cumsum(0, dtype=torch.int64)
-        if found.numel() != kept.numel() or (found.numel() and int(found[-1]) >= n):
+        rising = found.numel() < 2 or int(found.diff().amin()) > 0
+        if (
+            found.numel() != kept.numel()
+            or not rising
+            or (kept.numel() and not 0 <= int(found[0]) <= int(found[-1]) < n)
+        ):
             raise ValueError(f"places that are not {kept.numel()} of {n}")
         result = kept.new_zeros(n)
         result[found] = kept

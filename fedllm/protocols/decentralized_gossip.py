@@ -6,13 +6,13 @@ message to the neighbour it is for, unchanged and unread (the check that values 
 
     d-psgd    x <- sum_j W_ij x_j, W Metropolis weights of the peers that answered (the mean of all stays)
     push-sum  the same for directed graphs: shares of (x, w) are sent on, the model is x / w
-    choco     compressed: send C(x - xhat), everybody adds it to its copy of xhat, x <- x + gamma sum_j W_ij (xhat_j - xhat)
+    choco     compressed: send C(x - xhat), all add it to their xhat, x <- x + gamma sum_j W_ij (xhat_j - xhat)
     ring      exact mean of all by ring all-reduce; one failure and everybody keeps its own model
     moshpit   exact means in groups of a grid, along another axis each round; a failure costs one group one round
 
-A peer that does not answer is out of the round: the others mix by weights of what is left, it keeps its model and comes
-back with it. A message of wrong shape is refused by its reader. In `choco` peers compare by the round of its last change
-which copies they hold before they mix, and whoever missed a message gets the whole copy.
+A peer that does not answer is out of the round: the others mix by weights of what is left; it keeps its model and comes
+back with it. A message of wrong shape is refused by its reader. In `choco` peers first tell which copies they hold, by
+the round of the last change, and whoever missed a message gets the whole copy.
 
 Deviations: the mix comes after `train.steps` local steps, and CHOCO's after its own message (arXiv:1902.00340,
 algorithm 2). The first public copies are the common first values, not zeros. Equal weights: data sizes weigh nothing.
@@ -21,15 +21,17 @@ Optimisers begin afresh each round. In `moshpit` places on the grid are fixed. A
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from fedllm.blocks import topology
-from fedllm.blocks.mixing import Agreement, RingMean, checked, choco, compressor, mix, push_sum, ratio
+from fedllm.blocks.compress import compressor
+from fedllm.blocks.mixing import Agreement, PublicCopies, RingMean, checked, choco, mix, push_sum, ratio
+from fedllm.blocks.relay import in_rings, nobody, opened, over_peers, places, to_neighbours, traffic
 from fedllm.core.card import Card
-from fedllm.core.errors import ConfigError, RoundFailed, UploadRejected
+from fedllm.core.errors import ConfigError
 from fedllm.core.message import Json, Received, Upload
 from fedllm.core.method import on_client
 from fedllm.core.protocol import Protocol
@@ -40,7 +42,7 @@ from fedllm.core.tensors import Tensors, add, norm, subtract
 from fedllm.core.train import Train
 
 if TYPE_CHECKING:
-    from fedllm.core.server import Answer, Server
+    from fedllm.core.server import Server
     from fedllm.core.work import Client
 
 MEANS = ("ring", "moshpit")
@@ -69,7 +71,8 @@ class DecentralizedGossip(Protocol):
     algorithm: Literal["d-psgd", "push-sum", "choco", "ring", "moshpit"] = "d-psgd"
     """How peers mix."""
     graph: Literal[
-        "ring", "torus", "star", "complete", "exponential", "erdos-renyi", "pairs", "directed-ring", "directed-exponential"
+        "ring", "torus", "star", "complete", "exponential", "erdos-renyi", "pairs", "directed-ring",
+        "directed-exponential",
     ] = "ring"  # fmt: skip
     """Who hears whom (not for ring and moshpit); directed ones need push-sum, `pairs` are drawn anew each round."""
     edge_share: float = Field(0.5, gt=0, le=1)
@@ -93,12 +96,12 @@ class DecentralizedGossip(Protocol):
 
     @model_validator(mode="after")
     def _fitting(self) -> DecentralizedGossip:
-        for name, places in ONLY.items():
-            if self.algorithm not in places and getattr(self, name) != type(self).model_fields[name].default:
+        for name, users in ONLY.items():
+            if self.algorithm not in users and getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(
                     f"method.{name}={getattr(self, name)} means nothing for algorithm={self.algorithm}.",
-                    f"It is an option of: {', '.join(places)}.",
-                    action=f"Remove it, or set method.algorithm={places[0]}.",
+                    f"It is an option of: {', '.join(users)}.",
+                    action=f"Remove it, or set method.algorithm={users[0]}.",
                 )
         if self.graph.startswith("directed") and self.algorithm != "push-sum":
             raise ConfigError(
@@ -134,35 +137,29 @@ class DecentralizedGossip(Protocol):
     async def _gossip(self, client: Client, x: Tensors, w: float, refused: list[str]) -> tuple[Tensors, float]:
         """One mix of whole models."""
         answer = await client.exchange(Upload(None, numbers={"w": w}, message=x))
-        weights, inbox = answer.numbers["weights"], _opened(answer, lambda j, sent: checked(sent, x, j), refused)
+        weights, said = answer.numbers["weights"], answer.numbers["said"]
+        inbox = opened(answer, lambda j, sent: checked(sent, x, j), refused)
         if self.algorithm == "push-sum":
-            sent = [(weights[j], found, float(answer.numbers["said"][j]["w"])) for j, found in inbox.items()]
+            sent = [(weights[j], found, float(said[j]["w"])) for j, found in inbox.items()]
             return push_sum((x, w), weights[client.id], sent)
         return mix(x, ((weights[j], found) for j, found in inbox.items())), w
 
     async def _compressed(self, client: Client, x: Tensors, refused: list[str]) -> Tensors:
-        """Who holds which copy of whom; then one mix of public copies."""
-        copies, tags, packing = _copies(client), _tags(client), compressor(self.compressor, self.fraction, self.bits)
-        heard = await client.exchange(Upload(None, numbers={"tags": tags}))
-        said, tag = heard.numbers["said"], tags.get(client.id, 0)
-        behind = [j for j, numbers in said.items() if numbers["tags"].get(client.id, 0) != tag]
-        first = client.initial()
-        own = copies.get(client.id, first)
-        message = packing.encode(subtract(x, own), client.rng("compress"))
-        own = add(own, packing.decode(message, own))
-        whole = {"whole": own} if behind else {}
+        """First who holds which copy of whom; then one mix of public copies."""
+        packing = compressor(self.compressor, self.fraction, self.bits)
+        held, tags = _tree(client, "copies"), client.private.get("tags")
+        copies = PublicCopies(client.id, client.initial(), held, tags, packing)
+        answer = await client.exchange(Upload(None, numbers={"tags": copies.tags}))
+        behind = copies.behind({j: numbers["tags"] for j, numbers in answer.numbers["said"].items()})
+        message = copies.say(x, client.round, client.rng("compress"))
+        whole = {"whole": copies.of(client.id)} if behind else {}
         answer = await client.exchange(Upload(None, numbers={"behind": behind}, message=message, **whole))
-
-        def renewed(j: str, sent: Tensors) -> Tensors:
-            if client.id in answer.numbers["said"][j]["behind"]:
-                return checked(sent, own, j)
-            before = copies.get(j, first)
-            return add(before, checked(packing.decode(sent, before), before, j))
-
-        weights, inbox = answer.numbers["weights"], _opened(answer, renewed, refused)
-        client.private["copies"] = _flat({**copies, **inbox, client.id: own})
-        client.private["tags"] = {**tags, **dict.fromkeys((*inbox, client.id), client.round)}
-        return choco(x, own, ((weights[j], found) for j, found in inbox.items()), self.gamma)
+        weights, said = answer.numbers["weights"], answer.numbers["said"]
+        inbox = opened(
+            answer, lambda j, sent: copies.hear(j, sent, client.id in said[j]["behind"], client.round), refused
+        )
+        client.private["copies"], client.private["tags"] = copies.tensors, copies.tags
+        return choco(x, copies.of(client.id), ((weights[j], found) for j, found in inbox.items()), self.gamma)
 
     async def _in_ring(self, client: Client, x: Tensors) -> Tensors:
         """The exact mean of this peer's group; its own model where another member fails."""
@@ -170,9 +167,9 @@ class DecentralizedGossip(Protocol):
         ring = RingMean(x, group.index(client.id), len(group))
         for hop in range(ring.hops):
             answer = await client.exchange(Upload(None, message={"chunk": ring.outgoing(hop)}))
-            if answer.numbers.get("abort"):
+            if answer.numbers["abort"]:
                 return x
-            ring.accept(hop, answer["from." + group[ring.place - 1]]["chunk"])
+            ring.accept(hop, answer["from.0"]["chunk"])
         return ring.result()
 
     @on_client
@@ -206,41 +203,56 @@ class DecentralizedGossip(Protocol):
     async def _round(self, server: Server, number: int) -> dict[str, Json]:
         """One round; returns what is known of it."""
         ids, down = list(server.clients), round(self.churn * len(server.clients))
-        order = numpy_stream(server.seed, "churn", number).permutation(len(ids))
+        order = numpy_stream(server.seed, "churn", number).permutation(len(ids)).tolist()
         asked = {ids[i]: Received() for i in sorted(order[min(down, len(ids) - 1) :])}
-        alive = {a.client: a async for a in server.ask(self.work, asked, self.deadline)}
-        mixed = await (self._rings if self.algorithm in MEANS else self._neighbours)(server, alive, number)
-        if not mixed:
-            reasons = [entry["reason"] for entry in (*server.rejected, *server.lost)]
-            raise RoundFailed(
-                f"No peer came to the end of round {number}.",
-                f"First reason: {reasons[0]}" if reasons else "",
-                action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
-            )
-        loss, n = (sum(a.upload.metrics["loss"][k] for a in mixed) for k in (0, 1))
-        entry = {"round": number, "peers": len(mixed), "loss": loss / n if n else None}
-        moved = sum(a.upload.numbers["moved"] for a in mixed) / len(mixed)
-        parts = {} if self.algorithm in MEANS else {"parts": self._graph(server, number).parts(_places(server, alive))}
-        counts = {"lost": len(server.lost), "rejected": len(server.rejected)}
-        refused = {a.client: a.upload.numbers["refused"] for a in mixed if a.upload.numbers["refused"]}
-        return {**entry, "moved": moved, **parts, **counts, "refused": refused}
+        waiting = {answer.client: answer async for answer in server.ask(self.work, asked, self.deadline)}
+        if self.algorithm in MEANS:
+            ended, parts = await in_rings(server, waiting, self._groups(ids, number), self.deadline), {}
+        else:
+            graph = self._graph(server, number)
+            weights = topology.push_weights if self.algorithm == "push-sum" else topology.metropolis
+            if self.algorithm == "choco":
+                waiting = await to_neighbours(server, waiting, graph, weights, self.deadline, parts=False)
+            parts = {"parts": graph.parts(places(server, waiting))}
+            ended = await to_neighbours(server, waiting, graph, weights, self.deadline)
+        found = [answer.upload for answer in ended.values()]
+        if not found:
+            raise nobody(server, number)
+        loss, n = (sum(upload.metrics["loss"][k] for upload in found) for k in (0, 1))
+        moved = sum(upload.numbers["moved"] for upload in found) / len(found)
+        counts = {"peers": len(found), "lost": len(server.lost), "rejected": len(server.rejected)}
+        refused = {peer: names for peer, a in ended.items() if (names := a.upload.numbers["refused"])}
+        return {"round": number, "loss": loss / n if n else None, "moved": moved, **counts, **parts, "refused": refused}
 
     def _graph(self, server: Server, number: int) -> topology.Graph:
         return topology.build(self.graph, len(server.clients), server.seed, self.edge_share, number)
 
-    async def _neighbours(self, server: Server, alive: Mapping[str, Answer], number: int) -> list[Answer]:
-        """Forward what neighbours say to each other: in choco first what they hold, then the messages."""
-        ids, whole = list(server.clients), self._graph(server, number)
-        for turn in ("tags", "message") if self.algorithm == "choco" else ("message",):
-            graph = whole.alive(_places(server, alive))
-            weights = (topology.push_weights if self.algorithm == "push-sum" else topology.metropolis)(graph)
-            replies: dict[str, Received] = {}
-            for i, answer in alive.items():
-                row, place = {}, ids.index(i)
-                senders = [ids[j] for j in graph.senders(place)]
-                row = {j: float(weights[place, ids.index(j)]) for j in (*senders, i)}
-                said = {j: alive[j].upload.numbers for j in senders}
-                parts = {f"from.{j}": _addressed(alive[j].upload, i) for j in senders} if turn == "message" else {}
-                replies[str(answer.session)] = Received(None, {"weights": row, "said": said}, **parts)
-            alive = {a.client: a async for a in server.reply(replies, self.deadline)}
-        return list(alive.values())
+    def _groups(self, ids: Sequence[str], number: int) -> list[list[str]]:
+        if self.algorithm == "ring":
+            return [list(ids)]
+        return [[ids[i] for i in g] for g in topology.grid_groups(len(ids), self.dims, (number - 1) % self.dims)]
+
+    async def _report(self, server: Server, state: State) -> tuple[State, Json]:
+        """What the peers reached, one by one and (with `average`) as one model."""
+        peers = await self._values(server, Received())
+        report = {"peers": over_peers(peers), "rounds": state.numbers.get("history", []), **traffic(server.meter)}
+        params: Tensors = {}
+        if self.average:
+            agreement = Agreement()
+            async for answer in server.ask(self.lend, dict.fromkeys(server.clients, Received()), self.deadline):
+                agreement.add(checked(answer.upload["model"], state.params, answer.client))
+            params = agreement.mean(state.params) if agreement.n else {}
+            averaged = over_peers(await self._values(server, Received(params))) if params else {}
+            report |= {"averaged": averaged, "spread": agreement.spread}
+        server.settle(commit=False)
+        return State(params, state.memory, state.numbers, state.round), report
+
+    async def _values(self, server: Server, received: Received) -> dict[str, dict[str, float | None]]:
+        asked = dict.fromkeys(server.clients, received)
+        return {a.client: a.upload.numbers["values"] async for a in server.ask(self.evaluate, asked, self.deadline)}
+
+
+def _held(client: Client) -> tuple[Tensors, float]:
+    """A peer's x and w; the common first values and 1 before its first round."""
+    x, w = client.private.get("x"), client.private.get("w", 1.0)
+    return (client.initial() if x is None else x), float(w)

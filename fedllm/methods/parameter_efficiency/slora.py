@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
-from fedllm.blocks.lora import A, B, LoraPair, Split, digest, energy
-from fedllm.blocks.sparse import PLACES, VALUES, dense, places, shapes
+from fedllm.blocks.lora import A, B, Split, digest
+from fedllm.blocks.sparse import PLACES, VALUES, agreed, bridge, places, shapes
 from fedllm.core.card import Card
 from fedllm.core.errors import ConfigError
 from fedllm.core.message import Received, Upload
@@ -53,7 +53,7 @@ class SLoRA(Method):
 
     density: float = Field(0.01, gt=0, le=1)
     """Share of the entries of each adapted weight that stage 1 trains."""
-    sparse_rounds: int | float = Field(0.1, ge=0)
+    sparse_rounds: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Rounds of stage 1; below 1 a share of all rounds (at least one of them), 0 for plain LoRA."""
     sparse_train: Train | None = None
     """Local training in stage 1; null: as in stage 2."""
@@ -62,18 +62,18 @@ class SLoRA(Method):
 
     async def prepare(self, server: Server, state: State) -> State:
         """Draw the entries; their values begin at 0."""
-        rounds, share = server.rounds, 0 < self.sparse_rounds < 1
-        first = min(max(1, round(self.sparse_rounds * rounds)), rounds - 1) if share else round(self.sparse_rounds)
+        rounds, first = server.rounds, self.sparse_rounds
+        first = first if isinstance(first, int) else min(max(1, round(first * rounds)), rounds - 1)
         if first and first >= rounds:
             raise ConfigError(
                 f"method.sparse_rounds={first} leaves no round for LoRA: the run has {rounds}.",
                 f"Allowed: 0 to {rounds - 1}, or a share below 1.",
             )
-        layers, seed = shapes(state.params), derive(server.seed, "sparse")
         if not first:
             return state
-        found = places(layers, seed, self.density)
-        values = {name + VALUES: torch.zeros(found[name + PLACES].shape) for name in layers}
+        seed = derive(server.seed, "sparse")
+        found = places(shapes(state.params), seed, self.density)
+        values = {name.removesuffix(PLACES) + VALUES: torch.zeros(at.shape) for name, at in found.items()}
         numbers = {"sparse_rounds": first, "sparse_seed": seed, "sparse_digest": digest(found)}
         return replace(state.with_(sparse=values), numbers={**state.numbers, **numbers})
 
@@ -113,17 +113,8 @@ class SLoRA(Method):
 
     def _bridge(self, state: State) -> State:
         """B A = D_r in place of D; the ordinary start where D is 0."""
-        params, kept, whole = dict(state.params), 0.0, 0.0
-        layers, values = shapes(params), state.memory["sparse"]
-        found = places(layers, state.numbers["sparse_seed"], self.density)
-        for name, shape in layers.items():
-            change = dense(values[name + VALUES], found[name + PLACES], shape)
-            parts, first = torch.linalg.svd(change, full_matrices=False), params[name + A]
-            pair = LoraPair.from_svd(parts, first.shape[0], self.split, first)
-            params[name + A], params[name + B] = pair.a, pair.b
-            part, total = energy(parts[1], pair.rank)
-            kept, whole = kept + part, whole + total
-        share = kept / whole if whole else 1.0
+        found = places(shapes(state.params), state.numbers["sparse_seed"], self.density)
+        params, share = bridge(state.params, state.memory["sparse"], found, self.split)
         if share < LITTLE:
             text = f"SLoRA's bridge keeps {share:.0%} of what stage 1 learned: raise adapter.rank or method.density."
             warnings.warn(text, stacklevel=2)
@@ -137,25 +128,15 @@ class SLoRA(Method):
             raise ConfigError(
                 f"Client '{client.id}' was asked for stage {stage} with tensors of stage {1 if sparse else 2}.",
                 "Stage 1 trains sparse entries, stage 2 LoRA from their bridge.",
-                action="Send it the state of this round.",
             )
         if not sparse:
             return None
-        found = places(shapes(client.initial()), int(received.numbers["sparse_seed"]), self.density)
-        if digest(found) != received.numbers["sparse_digest"]:
-            raise ConfigError(
-                f"Client '{client.id}' drew other entries than the server.",
-                "Both need the same model, adapter, method.density and version of NumPy.",
-            )
-        return found
+        layers, numbers = shapes(client.initial()), received.numbers
+        return agreed(layers, int(numbers["sparse_seed"]), self.density, numbers["sparse_digest"], client.id)
 
 
 def _trained(state: State) -> Tensors:
     """What clients train: values and a head in stage 1, LoRA and a head in stage 2."""
-    sparse: Any = state.memory.get("sparse")
-    return state.params if sparse is None else {**sparse, **_others(state.params)}
-
-
-def _others(params: Tensors) -> Tensors:
-    """What is no LoRA factor: a classifier's head."""
-    return {name: tensor for name, tensor in params.items() if not name.endswith((A, B))}
+    if "sparse" not in state.memory:
+        return state.params
+    return {**state.memory["sparse"], **{n: t for n, t in state.params.items() if not n.endswith((A, B))}}

@@ -37,6 +37,8 @@ OWN_TYPE = "FEDLLM"
 """What stands for `peft_type` in a folder that PEFT cannot read."""
 UNMERGEABLE = ("prompt", "prefix", "bottleneck", "context")
 """Kinds that are no change of weights."""
+EXTRAS = {"personal": (".personal.", ".lora_B"), "bridge": ("bridge.", ".lora_B"), "sparse": (".sparse", ".sparse")}
+"""Options that add tensors to the plain adapter: what their names hold, and the end of those that are 0 when idle."""
 _FACTS = "fedllm"  # the key of our own record in the metadata of the weights file; PEFT does not look there
 
 
@@ -56,11 +58,11 @@ def save_adapter(folder: str | Path, adapted: Adapted, params: Tensors, extra: M
         ModelError: the tensors are not those of this adapter, or are not finite.
         RunError: the folder holds something else, or cannot be written.
     """
-    folder, held = Path(folder), _checked(adapted, params)
-    as_peft = peft_format.has(adapted)
-    config, tensors = peft_format.to_peft(adapted, held) if as_peft else (_own_config(adapted), held)
+    folder, (settings, held) = Path(folder), _shared(adapted, _checked(adapted, params))
+    as_peft = peft_format.has(adapted) and not any(getattr(settings, option, 0) for option in EXTRAS)
+    config, tensors = peft_format.to_peft(adapted, held) if as_peft else (_own_config(adapted, settings), held)
     facts = {
-        "settings": adapted.settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
         "base": adapted.loaded.name,
         "fingerprint": adapted.loaded.fingerprint,
         "tensors": list(held),
@@ -98,7 +100,14 @@ def save_merged(folder: str | Path, adapted: Adapted, params: Tensors) -> None:
             action="Save it as an adapter.",
         )
     state = dict(model.state_dict())
-    state.update(_everywhere(model, _merged(adapted, _checked(adapted, params))))
+    settings, held = _shared(adapted, _checked(adapted, params))
+    extra = next((option for option in EXTRAS if getattr(settings, option, 0)), None)
+    if extra is not None:
+        raise ModelError(
+            f"This adapter has adapter.{extra}={getattr(settings, extra)}, which cannot be merged into the model.",
+            action="Save it as an adapter.",
+        )
+    state.update(_everywhere(model, _merged(adapted, held)))
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config()):
         if hasattr(part, "use_cache"):
@@ -152,10 +161,11 @@ def _checked(adapted: Adapted, params: Tensors) -> Tensors:
             f"It has {len(expected)} tensors.",
             nearest(strange[0], expected) if strange else None,
         )
-    rank = next((params[name].shape[0] for name in expected if name.endswith(".lora_A")), None)
+    plain = [name for name in expected if _option(name) is None]
+    rank = next((params[name].shape[0] for name in plain if name.endswith(".lora_A")), None)
     for name, like in expected.items():
         shape, given = list(like.shape), list(params[name].shape)
-        if name.endswith((".lora_A", ".lora_B")):
+        if name in plain and name.endswith((".lora_A", ".lora_B")):
             shape[name.endswith(".lora_B")] = rank
         if given != shape:
             raise ModelError(
@@ -168,13 +178,30 @@ def _checked(adapted: Adapted, params: Tensors) -> Tensors:
     return {name: params[name].detach().cpu() for name in expected}
 
 
-def _own_config(adapted: Adapted) -> dict[str, Any]:
+def _option(name: str) -> str | None:
+    """The option of the adapter that a tensor beside the plain adapter belongs to."""
+    return next((option for option, (belongs, _) in EXTRAS.items() if belongs in name), None)
+
+
+def _shared(adapted: Adapted, params: Tensors) -> tuple[AdapterSettings, Tensors]:
+    """Settings and tensors without those parts that methods add and that do nothing here, such as private ones."""
+    idle = [
+        option
+        for option, (belongs, decides) in EXTRAS.items()
+        if getattr(adapted.settings, option, 0)
+        and not any(bool(t.any()) for name, t in params.items() if belongs in name and name.endswith(decides))
+    ]
+    kept = {name: tensor for name, tensor in params.items() if _option(name) not in idle}
+    return adapted.settings.model_copy(update=dict.fromkeys(idle, 0)), kept
+
+
+def _own_config(adapted: Adapted, settings: AdapterSettings) -> dict[str, Any]:
     """What adapter_config.json says of a kind that PEFT does not have."""
     labels = getattr(adapted.model.config, "id2label", None) if head(adapted.model) else None
     return {
         "peft_type": OWN_TYPE,
-        "kind": adapted.settings.kind,
-        "settings": adapted.settings.model_dump(mode="json"),
+        "kind": settings.kind,
+        "settings": settings.model_dump(mode="json"),
         "base_model_name_or_path": adapted.loaded.name,
         "loaded_as": adapted.loaded.kind,
         "labels": [labels[number] for number in sorted(labels)] if labels else None,
@@ -327,7 +354,7 @@ with adapted.using({{name: tensor.unsqueeze(0) for name, tensor in params.items(
 
 def _readme(adapted: Adapted, facts: dict[str, Any], as_peft: bool) -> str:
     """What the folder is and how to load it."""
-    loaded, labels = adapted.loaded, _own_config(adapted)["labels"]
+    loaded, labels = adapted.loaded, _own_config(adapted, adapted.settings)["labels"]
     how = _WITH_PEFT if as_peft else _WITH_FEDLLM.format(name=loaded.name, kind=loaded.kind, labels=labels)
     about = json.dumps({"settings": facts["settings"], "extra": facts["extra"]}, indent=1, sort_keys=True)
     return f"""\

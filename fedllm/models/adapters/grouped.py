@@ -95,7 +95,9 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, values, at = ctx.saved_tensors
-        by_x = torch.bmm(grads[0], _scattered(values, at, ctx.outside, x.shape[-1])) if ctx.needs_input_grad[0] else None
+        by_x = (
+            torch.bmm(grads[0], _scattered(values, at, ctx.outside, x.shape[-1])) if ctx.needs_input_grad[0] else None
+        )
         whole = torch.bmm(grads[0].transpose(1, 2), x).flatten(1) if ctx.needs_input_grad[1] else None
         return by_x, None if whole is None else whole.gather(1, at), None, None
 
