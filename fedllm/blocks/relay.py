@@ -38,7 +38,7 @@ async def to_neighbours(
 ) -> Waiting:
     """Send every waiting peer what its waiting neighbours said; returns what they answer.
 
-    A peer receives `senders` (ids), `said` (sender -> its numbers), `weights` (its row, its own entry too, for the graph
+    A peer receives `senders` (ids), `said` (sender -> its numbers), `weights` (its row, its own entry too, of the graph
     of waiting peers) and, with `parts`, `from.K`: the part `message` of the K-th sender, or its part `whole` where the
     sender's number `behind` names the reader.
     """
@@ -121,11 +121,23 @@ def traffic(meter: Meter) -> dict[str, int]:
     return {"edge_bytes": edges, "relay_bytes": meter.total("up", "work") + meter.total("down", "work")}
 
 
-def nobody(server: Server, round: int) -> RoundFailed:
-    """The error of a round that no peer came through."""
-    reasons = [entry["reason"] for entry in (*server.rejected, *server.lost)]
-    return RoundFailed(
-        f"No peer came to the end of round {round}.",
-        f"First reason: {reasons[0]}" if reasons else "",
-        action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
-    )
+def round_facts(server: Server, ended: Waiting) -> dict[str, Json]:
+    """What is known of a round: peers that came through, training loss, `moved` (how far mixing moved the mean peer, in
+    shares of its norm), how many were lost or rejected, and who refused whose message.
+
+    Raises :class:`RoundFailed` where no peer came through.
+    """
+    if not ended:
+        reasons = [entry["reason"] for entry in (*server.rejected, *server.lost)]
+        raise RoundFailed(
+            f"No peer came to the end of round {server.round}.",
+            f"First reason: {reasons[0]}" if reasons else "",
+            action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
+        )
+    found = [answer.upload for answer in ended.values()]
+    loss, n = (sum(upload.metrics["loss"][k] for upload in found) for k in (0, 1))
+    moved = fmean(upload.numbers["moved"] for upload in found)
+    counts = {"peers": len(found), "lost": len(server.lost), "rejected": len(server.rejected)}
+    refused = {peer: answer.upload.numbers["refused"] for peer, answer in ended.items()}
+    refused = {peer: names for peer, names in refused.items() if names}
+    return {"round": server.round, "loss": loss / n if n else None, "moved": moved, **counts, "refused": refused}

@@ -194,3 +194,9 @@ def grid_groups(n: int, dims: int, axis: int) -> list[list[int]]:
     for peer in range(n):
         groups.setdefault(peer - (peer // side**axis % side) * side**axis, []).append(peer)
     return list(groups.values())
+
+
+def up(n: int, churn: float, seed: int, round: int) -> list[int]:
+    """The peers that are up in a round: all but a share `churn`, drawn anew for every round; at least one."""
+    order = numpy_stream(seed, "topology", "churn", round).permutation(n).tolist()
+    return sorted(order[min(int(churn * n + 0.5), n - 1) :])

@@ -39,7 +39,7 @@ SCALE = 2.0
 HELD = 1200
 """Digits from here on measure."""
 Rows = dict[str, list[dict[str, Any]]]
-TRAIN = {"steps": 10, "lr": 0.05, "optimizer": "sgd", "clip_norm": None, "batch_size": 16}
+TRAIN: dict[str, Any] = {"steps": 10, "lr": 0.05, "optimizer": "sgd", "clip_norm": None, "batch_size": 16}
 """The cards' local work."""
 MIXED = {f"c{client}": rank for client, rank in enumerate((2, 2, 2, 4, 8, 16))}
 """The cards' ranks."""

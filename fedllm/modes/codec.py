@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
 import torch
@@ -34,7 +34,6 @@ from fedllm.modes.coded import (
     Entry,
     Manifest,
     Raw,
-    Section,
     compressed,
     cut,
     expanded,
@@ -71,8 +70,8 @@ class Codec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     kind: Literal["fp32", "bf16", "int8", "int4", "topk", "sign", "lowrank"] = "fp32"
-    """fp32 (as they are, bit for bit), bf16, int8 or int4 (integers in blocks), topk (the largest entries), sign (one bit
-    an entry), or lowrank (matrices as products of thin ones)."""
+    """fp32 (as they are, bit for bit), bf16, int8 or int4 (integers in blocks), topk (the largest entries), sign (one
+    bit an entry), or lowrank (matrices as products of thin ones)."""
     entropy: Literal["none", "zstd"] = "none"
     """A lossless last stage: zstd shrinks what is left; it needs the extra `codec`."""
     error_feedback: bool | None = None
@@ -271,7 +270,7 @@ class Codec(BaseModel):
             tensor = tensors[key].detach().to("cpu")
             coder = self._coder(tensor.shape, tensor.dtype)
             values = _summed(tensor, before.get(place + key), self.decay) if coder != Raw() else tensor
-            _usable(f"{name}/{key}", values, None if coder == Raw() else LARGEST)
+            _portable(f"{name}/{key}", values, None if coder == Raw() else LARGEST)
             found = coder.encode(values, tensor.dtype, rng)
             if self.feeds_back and coder != Raw():
                 after[place + key] = values - narrowed(coder.decode(found, tensor.shape), tensor.dtype)
@@ -354,7 +353,7 @@ def _summed(tensor: torch.Tensor, residual: torch.Tensor | None, decay: float) -
     return values if residual is None or residual.shape != tensor.shape else values + decay * residual
 
 
-def _usable(name: str, tensor: torch.Tensor, largest: float | None) -> None:
+def _portable(name: str, tensor: torch.Tensor, largest: float | None) -> None:
     """Raise where `tensor` cannot travel: not finite, beyond `largest`, or of a type that the bytes do not know."""
     if tensor.dtype not in DTYPES or tensor.dim() > DIMS_LIMIT:
         raise ConfigError(

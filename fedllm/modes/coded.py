@@ -132,11 +132,11 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> Manifest:
         """The manifest in the JSON `data`; raises ValueError, TypeError or KeyError where it is malformed."""
         kind, facts, rows = json.loads(data, parse_constant=_refused)
-        entries = tuple(Entry(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows)
-        for entry in entries:
-            sized = all(type(size) is int and 0 <= size < SIZE_LIMIT for size in entry.shape)
-            if not isinstance(entry.name, str) or not sized or len(entry.shape) > DIMS_LIMIT:
+        for name, _, shape in rows:
+            sized = len(shape) <= DIMS_LIMIT and all(type(size) is int and 0 <= size < SIZE_LIMIT for size in shape)
+            if type(name) is not str or not sized:
                 raise ValueError("a tensor without a name or a shape")
+        entries = tuple(Entry(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows)
         if kind == Coded.kind or len({entry.name for entry in entries}) != len(entries):
             raise ValueError("a tensor that is named twice, or a part that is coded twice")
         return cls(kind, facts, entries)

@@ -22,21 +22,20 @@ Optimisers begin afresh each round. In `moshpit` places on the grid are fixed. A
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from fedllm.blocks import topology
 from fedllm.blocks.compress import compressor
 from fedllm.blocks.mixing import Agreement, PublicCopies, RingMean, checked, choco, mix, push_sum, ratio
-from fedllm.blocks.relay import in_rings, nobody, opened, over_peers, places, to_neighbours, traffic
+from fedllm.blocks.relay import in_rings, opened, over_peers, places, round_facts, to_neighbours, traffic
 from fedllm.core.card import Card
 from fedllm.core.errors import ConfigError
-from fedllm.core.message import Json, Received, Upload
+from fedllm.core.message import Dense, Json, Received, Upload
 from fedllm.core.method import on_client
 from fedllm.core.protocol import Protocol
 from fedllm.core.roster import Member
-from fedllm.core.seeds import numpy_stream
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors, add, norm, subtract
 from fedllm.core.train import Train
@@ -147,13 +146,15 @@ class DecentralizedGossip(Protocol):
     async def _compressed(self, client: Client, x: Tensors, refused: list[str]) -> Tensors:
         """First who holds which copy of whom; then one mix of public copies."""
         packing = compressor(self.compressor, self.fraction, self.bits)
-        held, tags = _tree(client, "copies"), client.private.get("tags")
-        copies = PublicCopies(client.id, client.initial(), held, tags, packing)
+        kept: dict[str, Any] = dict(client.private)
+        copies = PublicCopies(client.id, client.initial(), kept.get("copies"), kept.get("tags"), packing)
         answer = await client.exchange(Upload(None, numbers={"tags": copies.tags}))
         behind = copies.behind({j: numbers["tags"] for j, numbers in answer.numbers["said"].items()})
         message = copies.say(x, client.round, client.rng("compress"))
-        whole = {"whole": copies.of(client.id)} if behind else {}
-        answer = await client.exchange(Upload(None, numbers={"behind": behind}, message=message, **whole))
+        upload = Upload(None, numbers={"behind": behind}, message=message)
+        if behind:
+            upload.parts["whole"] = Dense(copies.of(client.id))
+        answer = await client.exchange(upload)
         weights, said = answer.numbers["weights"], answer.numbers["said"]
         inbox = opened(
             answer, lambda j, sent: copies.hear(j, sent, client.id in said[j]["behind"], client.round), refused
@@ -202,9 +203,8 @@ class DecentralizedGossip(Protocol):
 
     async def _round(self, server: Server, number: int) -> dict[str, Json]:
         """One round; returns what is known of it."""
-        ids, down = list(server.clients), round(self.churn * len(server.clients))
-        order = numpy_stream(server.seed, "churn", number).permutation(len(ids)).tolist()
-        asked = {ids[i]: Received() for i in sorted(order[min(down, len(ids) - 1) :])}
+        ids = list(server.clients)
+        asked = {ids[i]: Received() for i in topology.up(len(ids), self.churn, server.seed, number)}
         waiting = {answer.client: answer async for answer in server.ask(self.work, asked, self.deadline)}
         if self.algorithm in MEANS:
             ended, parts = await in_rings(server, waiting, self._groups(ids, number), self.deadline), {}
@@ -215,22 +215,14 @@ class DecentralizedGossip(Protocol):
                 waiting = await to_neighbours(server, waiting, graph, weights, self.deadline, parts=False)
             parts = {"parts": graph.parts(places(server, waiting))}
             ended = await to_neighbours(server, waiting, graph, weights, self.deadline)
-        found = [answer.upload for answer in ended.values()]
-        if not found:
-            raise nobody(server, number)
-        loss, n = (sum(upload.metrics["loss"][k] for upload in found) for k in (0, 1))
-        moved = sum(upload.numbers["moved"] for upload in found) / len(found)
-        counts = {"peers": len(found), "lost": len(server.lost), "rejected": len(server.rejected)}
-        refused = {peer: names for peer, a in ended.items() if (names := a.upload.numbers["refused"])}
-        return {"round": number, "loss": loss / n if n else None, "moved": moved, **counts, **parts, "refused": refused}
+        return {**round_facts(server, ended), **parts}
 
     def _graph(self, server: Server, number: int) -> topology.Graph:
         return topology.build(self.graph, len(server.clients), server.seed, self.edge_share, number)
 
     def _groups(self, ids: Sequence[str], number: int) -> list[list[str]]:
-        if self.algorithm == "ring":
-            return [list(ids)]
-        return [[ids[i] for i in g] for g in topology.grid_groups(len(ids), self.dims, (number - 1) % self.dims)]
+        dims = self.dims if self.algorithm == "moshpit" else 1  # one axis is one group
+        return [[ids[i] for i in group] for group in topology.grid_groups(len(ids), dims, (number - 1) % dims)]
 
     async def _report(self, server: Server, state: State) -> tuple[State, Json]:
         """What the peers reached, one by one and (with `average`) as one model."""
@@ -254,5 +246,5 @@ class DecentralizedGossip(Protocol):
 
 def _held(client: Client) -> tuple[Tensors, float]:
     """A peer's x and w; the common first values and 1 before its first round."""
-    x, w = client.private.get("x"), client.private.get("w", 1.0)
-    return (client.initial() if x is None else x), float(w)
+    kept: dict[str, Any] = dict(client.private)
+    return kept.get("x") or client.initial(), kept.get("w", 1.0)

@@ -6,8 +6,8 @@ the rank of LoRA and the base is as it was. Stage 2 is federated LoRA from there
 
 Deviations: entries are kept in units of LoRA's scale s, so that the bridge is B A = D_r whatever s is; a step of rate
 lr so moves weights as one of s lr (AdamW) or s^2 lr (SGD) would, and `sparse_train` sets a rate of its own. Singular
-values are split evenly by default. Directions that D lacks begin as LoRA's do. A failed last round of stage 1 is
-played again, and the seed is sent each round, since clients keep nothing.
+values are split evenly by default. Directions that D lacks begin as LoRA's do. A failed last round of stage 1 is played
+again. The seed is sent in each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedllm.core.train import Train
 from fedllm.core.work import Client
 
 LITTLE = 0.3
-"""A cut that keeps less of ||D||^2 is warned of."""
+"""A cut that keeps less of ||D||^2 is warned of; random places make D nearly full in rank."""
 
 
 class SLoRA(Method):
@@ -64,7 +64,7 @@ class SLoRA(Method):
         """Draw the entries; their values begin at 0."""
         rounds, first = server.rounds, self.sparse_rounds
         first = first if isinstance(first, int) else min(max(1, round(first * rounds)), rounds - 1)
-        if first and first >= rounds:
+        if first >= max(rounds, 1):
             raise ConfigError(
                 f"method.sparse_rounds={first} leaves no round for LoRA: the run has {rounds}.",
                 f"Allowed: 0 to {rounds - 1}, or a share below 1.",
@@ -116,8 +116,7 @@ class SLoRA(Method):
         found = places(shapes(state.params), state.numbers["sparse_seed"], self.density)
         params, share = bridge(state.params, state.memory["sparse"], found, self.split)
         if share < LITTLE:
-            text = f"SLoRA's bridge keeps {share:.0%} of what stage 1 learned: raise adapter.rank or method.density."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(f"SLoRA's bridge keeps {share:.0%} of ||D||^2: raise adapter.rank.", stacklevel=2)
         memory = {name: tree for name, tree in state.memory.items() if name != "sparse"}
         return replace(state, params=params, memory=memory, numbers={**state.numbers, "energy_kept": share})
 
