@@ -448,7 +448,7 @@ class BlackBox:
         return True
 
     async def _call(self, queries: list[Query]) -> Sequence[Completion]:
-        if inspect.iscoroutinefunction(getattr(type(self.source), "__call__", None)):
+        if inspect.iscoroutinefunction(type(self.source).__call__):
             return await self.source(queries)  # type: ignore[misc]
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._blind, queries)
 

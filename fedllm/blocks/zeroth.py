@@ -21,16 +21,19 @@ from statistics import NormalDist
 
 import torch
 
-from fedllm.core.errors import ModelError, UploadRejected
+from fedllm.core.errors import ConfigError, ModelError, UploadRejected
 from fedllm.core.message import Dense, Json, Part
 from fedllm.core.reducer import Reducer, Running, Weighting
 from fedllm.core.seeds import derive
 from fedllm.core.tensors import Tensors
+from fedllm.core.train import Train
 
 CHUNK = 1 << 15
 """Entries made at once: what fits a core's cache."""
 SEED_LIMIT = 2**31
 """Seeds that travel are below this, so that one takes four bytes."""
+CLIP = 1000.0
+"""Slopes are clipped to this before they are averaged into scores."""
 QUANTILES = 1 << 16
 TABLE_HASH = "dfdb399543b1ac6e4d1d912ee78c6c4a887fba09462a409b98081dfbc7543be3"
 """SHA-256 of the table: a machine that computes another one says so instead of walking in other directions."""
@@ -264,3 +267,37 @@ def shares(kept: Mapping[str, Weighed], weighting: Weighting) -> dict[str, float
     weights = {client: part.weight if weighting == "examples" else 1.0 for client, part in kept.items()}
     total = sum(weights.values())
     return {client: weight / total if total else 0.0 for client, weight in weights.items()}
+
+
+def by_seed(sent: Tensors, size: int) -> Tensors:
+    """:func:`pairs` over a pool: the `sums` of slopes, of their clipped `magnitude` and their `count`; float64 [size]."""
+    places, values = sent["seed"].long(), sent["value"].double()
+    each = {"sums": values, "magnitude": values.clamp(-CLIP, CLIP).abs(), "count": torch.ones_like(values)}
+    return {name: torch.zeros(size, dtype=torch.float64).index_add_(0, places, v) for name, v in each.items()}
+
+
+def chances(pool: Tensors) -> torch.Tensor:
+    """How likely FedKSeed-Pro draws each seed: softmax of the mean magnitudes scaled to [0, 1]; [K], float64.
+
+    The mean of a seed has a first entry of 0 beside what was seen of it.
+    """
+    score = pool["magnitude"] / (1 + pool["count"])
+    width = score.max() - score.min()
+    return torch.softmax((score - score.min()) / width if width > 0 else torch.zeros_like(score), 0)
+
+
+def plain_steps(train: Train, why: str) -> None:
+    """Raise :class:`ConfigError` unless `train` is plain SGD of a constant rate; `why` ends the sentence."""
+    needed: dict[str, tuple[object, object]] = {
+        "optimizer": (train.optimizer, "sgd"),
+        "momentum": (train.momentum, 0.0),
+        "weight_decay": (train.weight_decay, 0.0),
+        "clip_norm": (train.clip_norm, None),
+        "epochs": (train.epochs, None),
+        "schedule.kind": (train.schedule.kind, "constant"),
+        "schedule.warmup": (train.schedule.warmup, 0.0),
+    }
+    for name, (given, allowed) in needed.items():
+        if given != allowed:
+            text = "null" if allowed is None else allowed
+            raise ConfigError(f"train.{name}={given} cannot be used: {why}.", action=f"Set train.{name}={text}.")

@@ -41,7 +41,8 @@ def measure() -> Evidence:
         f"Linear targets of rank 1 or {RANK}, four clients of rank {RANK}, gamma 0.8, lambda 0.1, seeds 0-4: after "
         f"{ROUNDS} rounds uploads are {spread(shares[1])} and {spread(shares[RANK])} of the first (bounds with each "
         f"seed: {SHRUNK} at most, {HOLDS} at least). A client whose B stays 0 weighs "
-        f"{'nothing' if nothing else 'something'}. Digits, ranks 2 to 16, Dirichlet 0.3, not asserted: accuracy {spread(found['norm'])} weighted by norm, "
+        f"{'nothing' if nothing else 'something'}. Digits, ranks 2 to 16, Dirichlet 0.3, not "
+        f"asserted: accuracy {spread(found['norm'])} weighted by norm, "
         f"{spread(found['plain'])} by examples.",
         max(shares[1]) < SHRUNK and min(shares[RANK]) > HOLDS and nothing,
         {

@@ -129,9 +129,9 @@ def skewed_digits(
     return FunctionLearner(loss, {"weight": torch.zeros(10, 64), "bias": torch.zeros(10)}), rows, held_out
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """The range of some values."""
-    return f"{min(values):.2f}-{max(values):.2f}"
+    return f"{min(values):.{digits}f}-{max(values):.{digits}f}"
 
 
 def small_cohorts(key: str, margin: float, **options: Any) -> tuple[str, bool, dict[str, float]]:

@@ -190,7 +190,8 @@ def _bytes(section: torch.Tensor, planes: bool) -> torch.Tensor:
 
 def _section(piece: torch.Tensor, dtype: torch.dtype, planes: bool) -> torch.Tensor:
     if planes and dtype.itemsize > 1:
-        return piece.view(dtype.itemsize, -1).t().contiguous().view(-1).view(dtype)
+        turned = piece.view(dtype.itemsize, -1).t().clone(memory_format=torch.contiguous_format)
+        return turned.view(-1).view(dtype)
     if dtype is torch.bool and piece.numel() and int(piece.max()) > 1:
         raise ValueError("a truth value that is neither 0 nor 1")
     return piece.clone().view(dtype)  # a copy begins where its type may begin

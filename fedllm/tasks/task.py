@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional
 
-from fedllm.core.errors import DataError, ModelError, nearest
+from fedllm.core.errors import ConfigError, DataError, ModelError, nearest
 from fedllm.core.work import Example
 from fedllm.evaluate.classes import EntityF1, MacroF1
 from fedllm.tasks.settings import COLUMNS, TaskSettings
@@ -42,6 +42,12 @@ class Task:
                 f"The tokenizer {type(tokenizer).__name__} has no offsets.",
                 "Fast tokenizers (tokenizer.json) are needed to find the answer in the text.",
                 action="Convert it with transformers, or name another by model.tokenizer.",
+            )
+        if settings.pack and self.kind != "causal-lm":
+            raise ConfigError(
+                f"task.pack=true has no meaning for task.kind={self.kind}, which needs the bounds of samples.",
+                "Allowed: causal-lm.",
+                action="Set task.pack=false.",
             )
         self.settings, self.tokenizer = settings, tokenizer
         self.labels = [str(label) for label in labels] if labels is not None else None
@@ -119,6 +125,30 @@ class CausalLM(Task):
         Byte-level tokenizers may leave spaces out of offsets: a token of spaces alone has the offset (end, end). Only
         tokens that the tokenizer adds have (0, 0).
         """
+        ids, labels = (tokens[: self.settings.max_length] for tokens in self._labelled(row))
+        targets = sum(label != IGNORE for label in labels[1:])
+        if targets == 0:
+            self._drop(f"no token of the answer is left within max_length={self.settings.max_length}")
+            return None
+        tensors = {"input_ids": torch.tensor(ids)}
+        return Example(tensors, torch.tensor(labels), len(ids), targets)
+
+    def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Rows as examples; with `task.pack` blocks of exactly max_length tokens, the rest behind the last one."""
+        if not self.settings.pack:
+            return super().prepare(rows)
+        if len(rows):
+            self._check_columns(rows[0])
+        joined = [pair for row in rows for pair in zip(*self._labelled(row), strict=True)]
+        size, found = self.settings.max_length, []
+        for start in range(0, len(joined), size):
+            ids, labels = (torch.tensor(part) for part in zip(*joined[start : start + size], strict=True))
+            if targets := int((labels[1:] != IGNORE).sum()):
+                found.append(Example({"input_ids": ids}, labels, len(ids), targets))
+        return found
+
+    def _labelled(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """All tokens of a row and their labels."""
         rendered = self.template.render(row)
         encoded = self.tokenizer(
             rendered.text, return_offsets_mapping=True, add_special_tokens=rendered.special, verbose=False
@@ -134,13 +164,7 @@ class CausalLM(Task):
             ids, labels = [*ids, end], [*labels, end]
         elif rendered.special and end is not None:
             labels[-1] = end
-        ids, labels = ids[: self.settings.max_length], labels[: self.settings.max_length]
-        targets = sum(label != IGNORE for label in labels[1:])
-        if targets == 0:
-            self._drop(f"no token of the answer is left within max_length={self.settings.max_length}")
-            return None
-        tensors = {"input_ids": torch.tensor(ids)}
-        return Example(tensors, torch.tensor(labels), len(ids), targets)
+        return ids, labels
 
     def count_rows(
         self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int

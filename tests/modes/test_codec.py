@@ -123,7 +123,7 @@ def test_the_same_stream_gives_the_same_bytes(options: dict[str, Any]) -> None:
     first, again, other = (encode(codec.encode(Upload(tree()), None, stream(s))[0]) for s in (1, 1, 2))
     assert first == again
     assert (first != other) == (
-        codec.unbiased and not codec.lossless or codec.clip is not None or codec.kind == "lowrank"
+        (codec.unbiased and not codec.lossless) or codec.clip is not None or codec.kind == "lowrank"
     )
 
 
@@ -238,7 +238,7 @@ def test_fp32_with_zstd_keeps_every_bit(dtype: torch.dtype, data: Any) -> None:
     update = {"x": torch.tensor(values).reshape(shape).to(dtype), "minus": torch.tensor([-0.0, 1e-45])}
     result = travel(Codec(entropy="zstd"), update).update
     for name, tensor in update.items():
-        assert result[name].shape == tensor.shape and result[name].dtype == dtype if name == "x" else True
+        assert result[name].shape == tensor.shape and result[name].dtype == tensor.dtype
         assert result[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
 
 
@@ -328,7 +328,7 @@ def test_stochastic_rounding_is_unbiased(bits: int, clip: float | None) -> None:
 @settings(max_examples=30, deadline=None)
 def test_multiples_of_the_scale_are_exact(bits: int, data: Any) -> None:
     coder = Quantise(bits, 64)
-    q = data.draw(st.lists(st.integers(-coder.top, coder.top), min_size=0, max_size=63)) + [coder.top]
+    q = [*data.draw(st.lists(st.integers(-coder.top, coder.top), max_size=63)), coder.top]
     x = torch.tensor(q, dtype=torch.float32) * 0.25
     assert torch.equal(coder.decode(coder.encode(x, x.dtype, stream()), x.shape), x)
 
@@ -617,7 +617,7 @@ def test_check_refuses_before_a_run() -> None:
         Codec(kind="topk", parts=("updte",)).check(["update", "control"])
     for options in ({"kind": "int8"}, {"kind": "topk"}, {"kind": "sign"}, {"kind": "lowrank"}, {"kind": "bf16"},
                     {"entropy": "zstd"}, {"kind": "int8", "clip": 1.0, "entropy": "zstd"}):  # fmt: skip
-        with pytest.raises(ModeConflict, match="cannot be used under secure-sum.*codec.clip"):
+        with pytest.raises(ModeConflict, match=r"cannot be used under secure-sum.*codec\.clip"):
             Codec(**options).check(["update"], "secure-sum")
 
 
@@ -751,14 +751,8 @@ def test_more_than_is_expected_is_refused_before_it_is_allocated() -> None:
     codec = Codec(kind="lowrank", rank=1)
     sides = 2**13 + 2**13
     huge = forged([["x", "float32", [2**13, 2**13]]], 4 * sides)  # 64 KiB that would become 256 MiB
-    refused(
-        codec,
-        Coded(huge, {"codec": codec._layout(), "zstd": False}),
-        "at most 110",
-        {"update": {"x": randn(5, 15, 1)}}
-        and {"update": {"x": randn(9, 10)[:, :10]}}
-        and {"update": {"x": torch.zeros(9, 10)}},
-    )
+    part, expected = Coded(huge, {"codec": codec._layout(), "zstd": False}), {"update": {"x": torch.zeros(9, 10)}}
+    refused(codec, part, f"at most {90 + 19}", expected)
 
 
 def test_zstd_bombs_are_refused() -> None:

@@ -12,14 +12,13 @@ N(0, 1) by table (see blocks/zeroth.py). The server holds A in float64 and sends
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 
-from fedllm.blocks.zeroth import SEED_LIMIT, Kept, pairs, pool, shares
+from fedllm.blocks.zeroth import SEED_LIMIT, Kept, Weighed, by_seed, chances, pairs, plain_steps, pool, shares
 from fedllm.core.card import Card
-from fedllm.core.errors import ConfigError
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.reducer import Mean, Reducers, Update
@@ -33,8 +32,8 @@ from fedllm.core.work import Client, Directions
 if TYPE_CHECKING:
     from fedllm.core.server import Server
 
-CLIP = 1000.0
-"""Slopes are clipped to this before they are averaged into scores."""
+SCORES = ("magnitude", "count")
+"""What Pro remembers of every seed beside its sum."""
 
 
 class FedKSeed(Method):
@@ -51,8 +50,8 @@ class FedKSeed(Method):
 
     train: Train = Train(steps=200, batch_size=1, lr=3e-7, optimizer="sgd", clip_norm=None)
     """Local training: `steps` is tau. The rate is that of a language model with 10^9 weights; small ones need more."""
-    pool_size: int = Field(4096, ge=1)
-    """K, the number of candidate seeds; the paper takes 1024 for Pro."""
+    pool_size: int | None = Field(None, ge=1)
+    """K, the number of candidate seeds; null is 4096, and 1024 for Pro."""
     eps: float = Field(5e-4, gt=0)
     """How far a probe goes along z to either side."""
     limit: float | None = Field(None, gt=0)
@@ -64,30 +63,18 @@ class FedKSeed(Method):
 
     @model_validator(mode="after")
     def _constant(self) -> FedKSeed:
-        train = self.train
-        given = {
-            "train.optimizer": (train.optimizer, "sgd"),
-            "train.momentum": (train.momentum, 0.0),
-            "train.weight_decay": (train.weight_decay, 0.0),
-            "train.clip_norm": (train.clip_norm, None),
-            "train.schedule.kind": (train.schedule.kind, "constant"),
-            "train.schedule.warmup": (train.schedule.warmup, 0.0),
-            "train.epochs": (train.epochs, None),
-        }
-        for name, (value, needed) in given.items():
-            if value != needed:
-                text = "null" if needed is None else needed
-                raise ConfigError(
-                    f"{name}={value} and FedKSeed do not go together: K sums tell the weights only if every step was "
-                    "plain and of the same rate.",
-                    action=f"Set {name}={text}.",
-                )
+        plain_steps(self.train, "K sums tell the weights only if every step was plain and of the same rate")
         return self
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.pool_size or (1024 if self.pro else 4096)
 
     def init(self, start: Tensors) -> State:
         """A = 0; the first weights are at every client already."""
-        zero = torch.zeros(self.pool_size, dtype=torch.float64)
-        seen = {"magnitude": zero.clone(), "count": zero.clone()} if self.pro else {}
+        zero = torch.zeros(self.size, dtype=torch.float64)
+        seen = {name: zero.clone() for name in SCORES} if self.pro else {}
         return State({}, {"pool": {"sums": zero, **seen}}, {"master": 0})
 
     async def prepare(self, server: Server, state: State) -> State:
@@ -99,30 +86,67 @@ class FedKSeed(Method):
         sent = {"master": torch.tensor(state.numbers["master"], dtype=torch.int32)}
         sent["sums"] = state.memory["pool"]["sums"].float()
         if self.pro:
-            sent["chances"] = _chances(state.memory["pool"]).float()
+            sent["chances"] = chances(state.memory["pool"]).float()
         return Received(None, pool=sent)
 
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
-        """Rebuild the weights, walk tau steps, give back the slopes."""
-        given, steps = received["pool"], self.train.step_count(client.size)
-        chances = given["chances"].double().numpy() if self.pro else None
-        drawn = client.rng("seeds").choice(
-            self.pool_size, size=steps, p=None if chances is None else chances / chances.sum()
-        )
-        seeds = pool(int(given["master"]), self.pool_size)
+        """Rebuild the weights, walk tau steps, give back the slopes; the walked weights are discarded."""
+        given, seeds = received["pool"], self._seeds(received)
+        p = given["chances"].double() if self.pro else None
+        p = None if p is None else (p / p.sum()).numpy()
+        drawn = client.rng("seeds").choice(self.size, size=self.train.steps or 10, p=p)
+        chosen, lr = [seeds[j] for j in drawn], self.train.lr
         report = await client.probe(
-            None, [seeds[j] for j in drawn], self.train, self.eps, lr=self.train.lr, replay=self._replay(given),
-            limit=self.limit,
-        )  # fmt: skip
+            None, chosen, self.train, self.eps, lr=lr, replay=self._replay(received), limit=self.limit
+        )
         sent = pairs(drawn[report.kept].tolist(), report.slopes[report.kept])
         if self.upload == "pairs":
             return Upload(sent, client.size, report.metrics)
-        sums = _spread(sent, self.pool_size, self.pro)
-        return Upload({n: t.float() for n, t in sums.items()}, client.size, report.metrics)
+        found = {n: t.float() for n, t in by_seed(sent, self.size).items()}
+        scores = {"scores": {n: found[n] for n in SCORES}} if self.pro else {}
+        return Upload({"sums": found["sums"]}, client.size, report.metrics, **scores)
 
     @property
     def reducer(self) -> Reducers:
-        """Pairs with their weights, or the mean of the sums."""
-        most = self.train.steps or 10
-        return Kept(most, self.pool_size) if self.upload == "pairs" else Mean(self.weighting)
+        """Pairs with their weights; or the mean of the sums, and the scores added up."""
+        if self.upload == "pairs":
+            return Kept(self.train.steps or 10, self.size)
+        return {"update": Mean(self.weighting), **({"scores": Mean("uniform")} if self.pro else {})}
+
+    def expected(self, state: State) -> dict[str, Tensors]:
+        """Sums have K entries; pairs are checked by their reducer: a seed outside the pool refuses the upload."""
+        zero = torch.zeros(self.size)
+        if self.upload == "pairs":
+            return {}
+        scores = {"scores": dict.fromkeys(SCORES, zero)} if self.pro else {}
+        return {"update": {"sums": zero}, **scores}
+
+    def finalize(self, state: State, update: Update) -> State:
+        """A <- A + sum_i omega_i a_i; in Pro |g| and counts by seed are added up."""
+        held, zero = state.memory["pool"], torch.zeros(self.size, dtype=torch.float64)
+        if self.upload == "pairs":
+            kept = cast("dict[str, Weighed]", update.collected["update"])
+            omega, found = (
+                shares(kept, self.weighting),
+                {c: by_seed(part.tensors, self.size) for c, part in kept.items()},
+            )
+            change = {"sums": sum((omega[c] * tree["sums"] for c, tree in found.items()), zero)}
+            change.update({n: sum((tree[n] for tree in found.values()), zero) for n in SCORES})
+        else:
+            scores = update["scores"] if self.pro else {}
+            change = {"sums": update["update"]["sums"], **{n: t * update.clients for n, t in scores.items()}}
+        return state.with_(pool={n: t + change[n] for n, t in held.items()})
+
+    @on_client
+    async def evaluate(self, client: Client, received: Received) -> Upload:
+        """Measure the weights that (w0, A) stand for."""
+        replay = self._replay(received)
+        report = await client.probe(None, (), self.train, self.eps, replay=replay, split="eval", measure=True)
+        return Upload(None, client.size, report.score.metrics if report.score else {})
+
+    def _seeds(self, received: Received) -> list[int]:
+        return pool(int(received["pool"]["master"]), self.size)
+
+    def _replay(self, received: Received) -> Directions:
+        return Directions(self._seeds(received), received["pool"]["sums"], -self.train.lr)

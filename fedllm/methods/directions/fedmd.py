@@ -96,8 +96,7 @@ class FedMD(Method):
             client.private["revisit"] = report.moments or {}
         client.private["model"] = report.params
         outputs = await client.outputs(report.params, aligned(rows, numbers["seed"], numbers["round"], self.subset))
-        logits = {numbers["rows"]: scores(outputs, self.limit)}
-        return Upload(None, client.size, report.metrics, logits=logits)
+        return Upload(None, client.size, report.metrics, logits={numbers["rows"]: scores(outputs, self.limit)})
 
     @property
     def reducer(self) -> Reducers:

@@ -5,9 +5,8 @@ trained, drawn once for all clients from a seed, and averaged. Then the bridge: 
 the rank of LoRA and the base is as it was. Stage 2 is federated LoRA from there.
 
 Deviations: entries are kept in units of LoRA's scale s, so that the bridge is B A = D_r whatever s is; a step of rate
-lr so moves weights as one of s lr (AdamW) or s^2 lr (SGD) would, and `sparse_train` sets a rate of its own. Singular
-values are split evenly by default. Directions that D lacks begin as LoRA's do. A failed last round of stage 1 is played
-again. The seed is sent in each.
+lr so moves weights as one of s lr (AdamW) or s^2 lr (SGD) would, and `sparse_train` sets a rate of its own. Directions
+that D lacks begin as LoRA's do. A failed last round of stage 1 is played again. The seed is sent in each.
 """
 
 from __future__ import annotations

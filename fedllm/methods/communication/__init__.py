@@ -1,0 +1,1 @@
+"""Methods of communication efficiency (survey 2.3)."""

@@ -1,0 +1,1 @@
+"""Methods of data sets, benchmarks and convergence (survey 2.5)."""

@@ -1,0 +1,1 @@
+"""Cross-silo and cross-device methods (survey 2.4)."""
