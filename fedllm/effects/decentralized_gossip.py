@@ -106,9 +106,12 @@ def naive_drift(rounds: int = 60, churn: float = 0.25) -> float:
 
 
 def learnt(alpha: float, seed: int) -> dict[str, float]:
-    """Accuracies on held-out digits: FedAvg, each alone, and of gossip the mean and worst peer and the averaged model."""
+    """Accuracies on held-out digits: FedAvg, each alone, and gossip's mean and worst peer and averaged model."""
     clients, net = split(alpha, seed), Mlp([32], seed)
-    found = {key: Play(find(key)(train=TRAIN), net, clients, seed=seed, rounds=ROUNDS) for key in ("fedavg", "local")}
+    found = {
+        key: Play(find(key).model_validate({"train": TRAIN}), net, clients, seed=seed, rounds=ROUNDS)
+        for key in ("fedavg", "local")
+    }
     values = {key: play.rounds(ROUNDS).mean() for key, play in found.items()}
     protocol = DecentralizedGossip.model_validate({"train": TRAIN})
     worker = LocalWorker(net, protocol, Federation.of(clients), seed)

@@ -1,7 +1,7 @@
 """Photon's outer step against plain averaging, one silo alone and data-parallel training: a small model from nothing.
 
-The documents of the built-in organisations, joined and dealt to four silos; a toy Llama with random weights, 120 inner
-steps each. Data-parallel training takes the same 120 steps on batches four times as large, and exchanges at every one.
+The documents of the built-in organisations, joined and dealt to four silos; a toy Llama with random weights, 240 inner
+steps each. Data-parallel training takes the same 240 steps on batches four times as large, and exchanges at every one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fedllm.tasks.learner import TransformerLearner
 from fedllm.tasks.settings import TaskSettings
 
 SEEDS = (0, 1)
-SILOS, STEPS, INNER, LENGTH, MARGIN = 4, 120, 10, 64, 0.01
-PLAIN: dict[str, Any] = {"server_lr": 1.0, "momentum": 0.0, "keep_optimizer": True}
+SILOS, STEPS, INNER, LENGTH, MARGIN = 4, 240, 20, 64, 0.01
+PLAIN: dict[str, Any] = {"server_lr": 1.0, "momentum": 0.0, "keep_optimizer": False}
 ARMS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "alone": (1, 8, PLAIN),
     "averaging": (SILOS, 8, PLAIN),
-    "nesterov": (SILOS, 8, {**PLAIN, "server_lr": 0.7, "momentum": 0.7}),
-    "synchronous": (0, 8 * SILOS, PLAIN),
+    "nesterov": (SILOS, 8, {"preset": "photon-nesterov"}),
+    "synchronous": (0, 8 * SILOS, {**PLAIN, "keep_optimizer": True}),
 }
 """Name -> silos (0: all text at one), batch size, options."""
 

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from fedllm.data.federation import Federation
 from fedllm.data.settings import DataSettings
+from fedllm.models.load import load_model
+from fedllm.models.settings import ModelSettings
 from fedllm.recipe import load_recipe
 from fedllm.run import Result, run
 
 Clients = dict[str, dict[str, list[dict[str, Any]]]]
-POOL = 4
+POOL = 2
 """Held-out documents of each organisation in the pool."""
 
 
@@ -36,4 +38,12 @@ def played(method: str, data: Clients, seed: int, folder: Path, against: list[st
     """A run of `method` on the quickstart's model and task; `options` are laid over its recipe."""
     recipe = load_recipe("quickstart").model_dump(mode="json", exclude_unset=True)
     evaluation = {"every": 0, "against": against, "metric": "loss"}
-    return run({**recipe, "seed": seed, "method": method, "evaluation": evaluation, **options}, data=data, folder=folder)
+    return run(
+        {**recipe, "seed": seed, "method": method, "evaluation": evaluation, **options}, data=data, folder=folder
+    )
+
+
+def model_size() -> int:
+    """Parameters of the bundled model."""
+    loaded = load_model(ModelSettings(device="cpu"), "causal-lm")
+    return sum(parameter.numel() for parameter in loaded.model.parameters())

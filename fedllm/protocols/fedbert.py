@@ -57,7 +57,7 @@ class FedBERT(Protocol):
         "activations (4 B T d numbers); per round both ways: the ends",
         claim="Pre-trains as well as on pooled text, while clients hold only embeddings and head and send no text.",
         models=("masked-lm", "causal-lm", "sequence-classification", "token-classification"),
-        status="verified",
+        status="runs",
     )
     private = ("moments",)
     adapters = ("full", "lora", "ia3", "bottleneck", "bitfit")

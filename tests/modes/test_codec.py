@@ -47,7 +47,7 @@ BIASED = [given for given in LOSSY if Codec(**given).feeds_back]
 name_of = str
 every_codec = pytest.mark.parametrize("options", EVERY, ids=name_of)
 every_lossy = pytest.mark.parametrize("options", LOSSY, ids=name_of)
-FINITE = st.floats(-1e6, 1e6, width=32)
+FINITE = st.floats(-6e4, 6e4, width=32)
 
 
 def stream(seed: int = 0) -> numpy.random.Generator:
@@ -320,7 +320,8 @@ def test_stochastic_rounding_is_unbiased(bits: int, clip: float | None) -> None:
     fraction = (x.double() / step) % 1
     error = step * (fraction * (1 - fraction) / draws).sqrt()
     assert bool(((copies.mean(0) - x).abs() <= 4.5 * error + 2e-6 * x.abs()).all())
-    assert torch.allclose(copies.var(0), step**2 * fraction * (1 - fraction), rtol=0.25, atol=1e-6)
+    spread = copies.var(0) - step**2 * fraction * (1 - fraction)
+    assert bool((spread.abs() <= 4.5 * step * error + 1e-5 * step**2).all())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -365,7 +366,7 @@ def test_codes_with_one_clip_add_up(clients: int, kind: Any, seed: int) -> None:
         upload, _ = codec.encode(Upload({"x": randn(50, seed=seed + client)}), None, stream(client))
         words += codec.integers(upload.parts["update"])["x"]  # type: ignore[arg-type]
         plain += codec.decode(upload).update["x"]
-    assert torch.allclose(words * codec.step, plain, rtol=1e-6, atol=1e-5)
+    assert torch.allclose(words.double() * codec.step, plain, rtol=1e-6, atol=1e-5)
     assert int(words.abs().max()) < 2 ** (codec.word_bits(clients) - 1)
 
 
@@ -651,7 +652,7 @@ def coded(codec: Codec, update: Any = None) -> Coded:
     return part
 
 
-def refused(codec: Codec, part: Coded, words: str = "", expected: Any = None) -> None:
+def refused(codec: Codec, part: Coded, words: str = "decoded", expected: Any = None) -> None:
     upload = Upload(None)
     upload.parts["update"] = part
     begun = time.perf_counter()
@@ -732,9 +733,9 @@ def test_no_manifest_crashes_the_decoder(rows: Any, kind: Any, options: dict[str
     ([["x", "complex64", [1]]], "complex64"),
     ([["x", "float32", []], ["x", "float32", []]], "twice"),
     ([[3, "float32", []]], "name"),
-    ([["x", "float32"]], ""),
-    (None, ""),
-    ({"x": 1}, ""),
+    ([["x", "float32"]], "decoded"),
+    (None, "decoded"),
+    ({"x": 1}, "decoded"),
 ], ids=name_of)  # fmt: skip
 def test_a_manifest_may_not_claim_what_it_likes(options: dict[str, Any], rows: Any, words: str) -> None:
     codec = Codec(**options, entropy="zstd")

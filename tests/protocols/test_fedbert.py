@@ -79,7 +79,7 @@ class Watched:
 
 class Ground:
     def __init__(
-        self, clients: int = 2, rounds: int = 2, made: TransformerLearner | None = None, width: int = 4, folder: Any = None,
+        self, clients: int = 2, rounds: int = 2, made: Any = None, width: int = 4, folder: Any = None,
         only: list[str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.protocol = FedBERT(**{"train": TRAIN, "client_layers": 0, "accept_leak": True, **options})
@@ -147,7 +147,8 @@ def test_one_client_equals_the_whole_model(family: str, kind: Any, adapter: Any,
             with made.using({n: t.unsqueeze(0) for n, t in whole.params.items()}):
                 loss = made.losses([batch]).sum() / sum(e.targets for e in batch)
             found = torch.autograd.grad(loss, list(whole.params.values()), allow_unused=True)
-            grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(whole.params.items(), found, strict=True)}  # fmt: skip
+            pairs = zip(whole.params.items(), found, strict=True)
+            grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
             whole.step(grads, TRAIN.rate(round, 2, step, 3))
     close(ground.state.params, whole.values())
     assert moved(made.initial(), whole.values()) > 1e-3
@@ -234,7 +235,7 @@ def test_clients_with_unequal_passes_leave_when_they_are_done() -> None:
 
 @pytest.mark.parametrize("kind", ["masked-lm", "sequence-classification"])
 def test_only_floats_and_the_mask_leave_a_client(kind: Any) -> None:
-    """Invariant 2, on the bytes: no integer tensor but the mask of zeros and ones, no label, no number in the header."""
+    """Invariant 2, on the bytes: no integer tensor but the mask of 0 and 1, no label, no number in the header."""
     ground = Ground(2, 1, learner("bert", kind)).play()
     assert len(ground.engine.replies) == 2 * (2 * 3 + 1)
     for reply in ground.engine.replies:
@@ -248,7 +249,7 @@ def test_only_floats_and_the_mask_leave_a_client(kind: Any) -> None:
         if "mask" in upload.parts:
             hidden, mask = upload["activations"]["hidden"], upload["mask"]["mask"]
             assert mask.shape == hidden.shape[:2] and set(mask.unique().tolist()) <= {0, 1}
-            assert hidden.shape[2] == 64 and bool((mask.sum(1).max() == mask.shape[1]))  # padded to its own longest
+            assert hidden.shape[2] == 64 and bool(mask.sum(1).max() == mask.shape[1])  # padded to its own longest
 
 
 def test_traffic_is_four_times_b_t_d_floats_and_the_mask() -> None:
@@ -407,7 +408,7 @@ def test_a_session_that_ends_too_early_is_rejected() -> None:
 
 def test_nobody_in_time_ends_the_run_with_a_reason_and_frees_everything() -> None:
     ground = Ground(2, 1, deadline=1e-9)
-    with pytest.raises(RoundFailed, match="No client came to the end of round 1.*no answer within"):
+    with pytest.raises(RoundFailed, match=r"No client came to the end of round 1.*no answer within"):
         ground.play()
     assert not ground.worker._sessions
     sequential = Ground(2, 1, deadline=1e-9, mode="sequential")
@@ -542,7 +543,7 @@ def test_a_cut_or_model_that_does_not_fit_is_refused_before_training() -> None:
         with pytest.raises(ConfigError, match=message):
             ground.play()
         assert not ground.engine.requests
-    with pytest.raises(ModelError, match="adapter.kind=prompt acts on the whole model"):
+    with pytest.raises(ModelError, match=r"adapter\.kind=prompt acts on the whole model"):
         Ground(1, 1, learner("llama", "causal-lm", "prompt")).play()
     plain, _ = quadratic()
     with pytest.raises(ModelError, match="cannot be cut in two"):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional
 
-from fedllm.core.errors import DataError, ModelError
+from fedllm.core.errors import ConfigError, DataError, ModelError
 from fedllm.core.work import Example
 from fedllm.evaluate.classes import Accuracy, EntityF1, MacroF1
 from fedllm.models.toy import toy_tokenizer
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import IGNORE, TASKS, CausalLM, Task
+from fedllm.tasks.task import IGNORE, TASKS, CausalLM, SequenceClassification, Task
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
@@ -310,3 +310,22 @@ def test_the_metrics_of_a_tagger():
     assert set(values) == set(task.score_names) and set(task.values({}).values()) == {None}
     nothing = task.count_rows(sure(torch.zeros(3, dtype=torch.long), 4), torch.zeros(3, dtype=torch.long), owner[:3], 1)
     assert task.values(nothing[0])["entity_f1"] is None, "no entity is there to be found"
+
+
+def test_packing_joins_documents_into_full_blocks_and_loses_no_token() -> None:
+    chosen = TaskSettings(max_length=16, template="plain", pack=True)
+    tokenizer = toy_tokenizer("llama")
+    rows = [{"text": f"document number {number} is about the valley"} for number in range(7)]
+    plain = CausalLM(chosen.model_copy(update={"pack": False, "max_length": 512}), tokenizer).prepare(rows)
+    packed = CausalLM(chosen, tokenizer).prepare(rows)
+    assert [len(e.labels) for e in packed[:-1]] == [16] * (len(packed) - 1) and len(packed[-1].labels) <= 16
+    joined = torch.cat([e.inputs["input_ids"] for e in plain])
+    assert torch.equal(torch.cat([e.inputs["input_ids"] for e in packed]), joined[: sum(e.tokens for e in packed)])
+    assert sum(e.tokens for e in packed) >= len(joined) - 1  # a last block of one token has nothing to predict
+
+
+def test_packing_is_refused_where_samples_have_bounds() -> None:
+    with pytest.raises(ConfigError, match=r"task.pack=true has no meaning for task.kind=sequence-classification"):
+        SequenceClassification(
+            TaskSettings(kind="sequence-classification", pack=True), toy_tokenizer("bert"), ["a", "b"]
+        )
