@@ -99,10 +99,12 @@ class Writer:
             raise ModelError(
                 f"{loaded.name} was loaded for {loaded.kind} and cannot be served.", "Allowed: causal-lm.", "causal-lm"
             )
-        self.name, self.model, self.tokenizer = loaded.name, loaded.model, loaded.tokenizer
+        self.name, self.model = loaded.name, loaded.model
+        self.tokenizer: Any = loaded.tokenizer
         self.context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         ends = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
-        self.ends = {e for e in (self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])) if e}
+        added = ends if isinstance(ends, list) else [ends]
+        self.ends = {end for end in (self.tokenizer.eos_token_id, *added) if end is not None}
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, queries: Sequence[Query]) -> list[Completion]:
@@ -177,11 +179,11 @@ class Writer:
                 if token in self.ends:
                     found.finish = "stop"
                     break
-                if stop and (cut := _first(self._text(found.tokens), stop)) is not None:
-                    found.text, found.finish = self._text(found.tokens)[:cut], "stop"
+                if stop and (cut := _first(self.decode(found.tokens), stop)) is not None:
+                    found.text, found.finish = self.decode(found.tokens)[:cut], "stop"
                     return found
                 step = torch.tensor([[token]], device=self.model.device)
-        found.text = self._text(found.tokens)
+        found.text = self.decode(found.tokens)
         return found
 
     def score(self, ids: Sequence[int]) -> list[float | None]:
@@ -192,8 +194,9 @@ class Writer:
         found = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1)
         return [None, *found.tolist()]
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def _fits(self, tokens: int) -> None:
         if self.context is not None and tokens > self.context:
@@ -296,7 +299,7 @@ class Service:
     def _write(self, body: Mapping[str, Any], ids: list[int], limit: int, number: int) -> Written:
         temperature, top_p = _real(body, "temperature", 1.0, 0.0, 2.0), _real(body, "top_p", 1.0, 0.0, 1.0)
         given = body.get("seed")
-        seed = given if _whole(given) else int.from_bytes(os.urandom(7), "big")
+        seed = int(given) if given is not None and _whole(given) else int.from_bytes(os.urandom(7), "big")
         seed = seed if number == 0 else derive(seed, "choice", number)
         return self.writer.write(ids, limit, temperature, top_p, seed, _stops(body))
 
@@ -305,7 +308,7 @@ class Service:
         decode = self.writer.tokenizer.decode
         offsets = list(starts) if ids else []
         offsets += [
-            (length if ids else 0) + len(self.writer._text(found.tokens[:place])) for place in range(len(found.tokens))
+            (length if ids else 0) + len(self.writer.decode(found.tokens[:place])) for place in range(len(found.tokens))
         ]
         return {
             "tokens": [decode([token]) for token in (*ids, *found.tokens)],

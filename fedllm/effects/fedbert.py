@@ -62,7 +62,7 @@ def invert(hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     return torch.cdist(hidden.transpose(0, 1), candidates).argmin(2).T
 
 
-def candidates(learner: TransformerLearner, params: Tensors, length: int) -> torch.Tensor:
+def candidates(learner: Any, params: Tensors, length: int) -> torch.Tensor:
     """What the embeddings in `params` make of every id at each of `length` positions, [T, V, H]."""
     ends, vocabulary = learner.split(0, None).ends, len(learner.tokenizer)
     held = {name: params[name] for name in ends.names}
@@ -104,12 +104,14 @@ class Ground:
     """
 
     def __init__(self, texts: Texts, seed: int, rounds: int, steps: int, batch: int, **options: Any) -> None:
-        task = TaskSettings(kind="masked-lm", max_length=LENGTH)
+        task = TaskSettings(kind="masked-lm", max_length=LENGTH)  # pyright: ignore[reportCallIssue]
+        full = AdapterSettings(kind="full")  # pyright: ignore[reportCallIssue]
         schedule = Schedule(by="step", warmup=0.1, kind="linear")  # pyright: ignore[reportCallIssue]
         train = Train(steps=steps, batch_size=batch, lr=3e-3, clip_norm=None, schedule=schedule)  # pyright: ignore[reportCallIssue]
-        self.learner = TransformerLearner(toy_model("bert", seed=seed), task, AdapterSettings(kind="full"), None, seed)
+        self.learner: Any = TransformerLearner(toy_model("bert", seed=seed), task, full, None, seed)
         self.start = self.learner.initial()
-        self.protocol = FedBERT(**{"train": train, "client_layers": 0, "accept_leak": True, **options})
+        given: dict[str, Any] = {"train": train, "client_layers": 0, "accept_leak": True, **options}
+        self.protocol = FedBERT(**given)
         federation = Federation.of({client: {"train": rows} for client, rows in texts.items()})
         worker = LocalWorker(self.learner, self.protocol, federation, seed)
         self.heard: list[Any] = []
@@ -127,9 +129,9 @@ class Ground:
             self.seen.append(self.learner.collate([batch]).inputs["input_ids"])
             return encode(params, batch)
 
-        ends.encode = noted  # type: ignore[method-assign]
+        ends.encode = noted
         state, _ = asyncio.run(self.protocol.play(self.server, self.protocol.init(self.start)))
-        ends.encode = encode  # type: ignore[method-assign]
+        ends.encode = encode
         return state.params
 
 

@@ -10,8 +10,10 @@ down, their gradient up, the activations' gradient down. Token ids and labels ne
 In the parallel mode all clients work against one S, which steps on their mean gradient, and after `train.steps` steps
 the ends (E, O) are averaged. In the sequential mode one client after the other trains a pass and hands on (E, O).
 
-Who knows the embedding table, and this server averages it, reads the text off the activations of E by looking for the
-nearest entry (see fedllm/effects/fedbert.py). So bare embeddings without noise must be asked for with `accept_leak`.
+Who knows the embedding table, and this server averages it, reads the text off the activations by looking for the
+nearest entry: all of it behind bare embeddings, and all of it behind one client layer too, as measured by
+fedllm/effects/fedbert.py. Noise makes it harder, not impossible. Not sending ids is no protection of the text; bare
+embeddings without noise must even be asked for with `accept_leak`.
 
 Deviations: the paper's own setting is client_layers=0 without noise; here one layer stays at the client unless told
 otherwise. Dropout is off. Gradients are clipped, where asked for, on each side by its own norm. The step list follows
@@ -76,11 +78,11 @@ class FedBERT(Protocol):
     weighting: Weighting = "examples"
     """Weigh the clients' ends by their examples or all alike."""
     client_layers: int = Field(1, ge=0)
-    """Layers that stay at the client behind the embeddings; 0 is the paper's."""
+    """Layers that stay at the client behind the embeddings; 0 is the paper's. One does not hide the text."""
     noise: float = Field(0.0, ge=0)
-    """Standard deviation of Gaussian noise on the activations; no formal privacy."""
+    """Standard deviation of Gaussian noise on the activations; no formal privacy, and at 1 most tokens are still read."""
     accept_leak: bool = False
-    """Needed for client_layers=0 without noise: whoever knows the embeddings can read the text."""
+    """Needed for client_layers=0 without noise, where the text is simply open to the server."""
     deadline: float | None = Field(None, gt=0)
     """Seconds the server waits for each message; a later client is given up and its open batch does not count."""
 
@@ -93,8 +95,10 @@ class FedBERT(Protocol):
         if self.client_layers == 0 and self.noise == 0 and not self.accept_leak:
             raise ConfigError(
                 "With client_layers=0 and noise=0 the server can read every token off the activations.",
-                "Allowed: client_layers of 1 or more, noise above 0, or accept_leak=true.",
-                action="Set method.client_layers=1, or method.accept_leak=true where the server may read the text.",
+                "Allowed: accept_leak=true, noise above 0, or client_layers of 1 or more; neither of the last two hides "
+                "the text from a server that tries.",
+                action="Set method.accept_leak=true where the server may read the text, and do not use FedBERT where "
+                "it may not.",
             )
         return self
 

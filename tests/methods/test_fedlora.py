@@ -162,7 +162,7 @@ def test_a_new_client_trains_its_part_before_it_is_measured_and_keeps_nothing(pe
     before = play.mean()
     assert play.mean() == before and play.worker.private.clients() == []
     none = start(FedLoRA(train=TRAIN, share=0.0), people).mean()
-    assert before > none + 0.2, "tau of a fresh model reads the client's own labels"
+    assert before > none + 0.05, "tau of a fresh model reads the client's own labels"
 
 
 class Breaks(FedLoRA, abstract=True):
