@@ -8,6 +8,7 @@ alone unless it is given a key that every request must carry.
 from __future__ import annotations
 
 import hmac
+import inspect
 import json
 import logging
 import os
@@ -105,6 +106,8 @@ class Writer:
         ends = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
         added = ends if isinstance(ends, list) else [ends]
         self.ends = {end for end in (self.tokenizer.eos_token_id, *added) if end is not None}
+        accepts = inspect.signature(loaded.model.forward).parameters
+        self._cache = "cache" if "cache" in accepts else "past_key_values"  # the name changed with transformers 5.2x
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, queries: Sequence[Query]) -> list[Completion]:
@@ -171,8 +174,8 @@ class Writer:
         with self._one_at_a_time, torch.inference_mode():
             step, past = torch.tensor([list(ids)], device=self.model.device), None
             while len(found.tokens) < max_tokens:
-                output = self.model(input_ids=step, past_key_values=past, use_cache=True)
-                past, scores = output.past_key_values, output.logits[0, -1].float().cpu()
+                output = dict(self.model(input_ids=step, **{self._cache: past}, use_cache=True))
+                past, scores = output.get("cache", output.get("past_key_values")), output["logits"][0, -1].float().cpu()
                 token = _pick(scores, temperature, top_p, stream)
                 found.tokens.append(token)
                 found.logprobs.append(float(torch.log_softmax(scores, -1)[token]))
@@ -208,7 +211,7 @@ def _pick(scores: torch.Tensor, temperature: float, top_p: float, stream: torch.
     if temperature <= 0:
         return int(scores.argmax())
     chances, order = torch.softmax(scores / temperature, -1).sort(descending=True)
-    chances[chances.cumsum(0) - chances >= top_p] = 0.0
+    chances[1:][(chances.cumsum(0) - chances)[1:] >= top_p] = 0.0
     return int(order[torch.multinomial(chances, 1, generator=stream)])
 
 

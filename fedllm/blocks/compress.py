@@ -62,10 +62,10 @@ class TopK:
         found = zeros(like)
         for name, tensor in found.items():
             places, values = _taken(sent, f"places.{name}").long(), _taken(sent, f"values.{name}")
-            if places.shape != values.shape or (
-                len(places) and not 0 <= int(places.min()) <= int(places.max()) < tensor.numel()
-            ):
-                raise UploadRejected(f"The entries of '{name}' lie outside of its {tensor.numel()}.")
+            count = math.ceil(self.fraction * tensor.numel())
+            fits = places.shape == values.shape == (count,) and bool((places.diff() > 0).all())
+            if not fits or (count and not 0 <= int(places[0]) <= int(places[-1]) < tensor.numel()):
+                raise UploadRejected(f"'{name}' is not {count} ascending places of {tensor.numel()} and their values.")
             tensor.view(-1)[places] = values.to(tensor.dtype)
         return found
 

@@ -43,11 +43,12 @@ def distinct(rows: Sequence[Row], most: int, rng: numpy.random.Generator) -> lis
 
 def _content(row: Row) -> str:
     """What a row says, as text."""
-    return json.dumps({str(name): row[name] for name in row}, sort_keys=True, default=_text)
+    return json.dumps({str(name): row[name] for name in row}, sort_keys=True, default=_plain)
 
 
-def _text(value: Any) -> str:
-    return repr(value)
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists, anything else by its name."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def best_layers(scores: Sequence[float], ratio: float) -> list[int]:

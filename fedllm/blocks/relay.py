@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fedllm.blocks.mixing import Agreement, checked
 from fedllm.blocks.topology import Graph, Matrix
 from fedllm.core.errors import RoundFailed, UploadRejected
 from fedllm.core.message import Json, Part, Received
@@ -101,6 +102,19 @@ def opened(answer: Received, read: Callable[[str, Tensors], Tensors], refused: l
         except UploadRejected:
             refused.append(sender)
     return found
+
+
+async def agreement_of(
+    server: Server, lend: Callable[..., Any], like: Tensors, deadline: float | None = None
+) -> Agreement:
+    """Ask everybody for its model, the part `model` of what `lend` returns; others than `like` are rejected."""
+    agreement = Agreement()
+    async for answer in server.ask(lend, dict.fromkeys(server.clients, Received()), deadline):
+        try:
+            agreement.add(checked(answer.upload["model"], like, answer.client))
+        except UploadRejected as fault:
+            server.reject(answer.client, str(fault))
+    return agreement
 
 
 def over_peers(values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Json]:

@@ -270,10 +270,19 @@ def shares(kept: Mapping[str, Weighed], weighting: Weighting) -> dict[str, float
 
 
 def by_seed(sent: Tensors, size: int) -> Tensors:
-    """:func:`pairs` over a pool: the `sums` of slopes, of their clipped `magnitude` and their `count`; float64 [size]."""
+    """:func:`pairs` over a pool: `sums` of slopes, `magnitude` of clipped ones, `count`; each [size] in float64."""
     places, values = sent["seed"].long(), sent["value"].double()
     each = {"sums": values, "magnitude": values.clamp(-CLIP, CLIP).abs(), "count": torch.ones_like(values)}
     return {name: torch.zeros(size, dtype=torch.float64).index_add_(0, places, v) for name, v in each.items()}
+
+
+def pooled(kept: Mapping[str, Weighed], size: int, weighting: Weighting) -> Tensors:
+    """:func:`by_seed` of all clients: the mean of their sums, and magnitudes and counts added up."""
+    part, total = shares(kept, weighting), by_seed(pairs([], torch.zeros(0)), size)
+    for client, weighed in kept.items():
+        for name, found in by_seed(weighed.tensors, size).items():
+            total[name] += found * part[client] if name == "sums" else found
+    return total
 
 
 def chances(pool: Tensors) -> torch.Tensor:

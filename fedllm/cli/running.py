@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("run", rich_help_panel=panel)(run_recipe)
     app.command("resume", rich_help_panel=panel)(resume_run)
     app.command("compare", rich_help_panel=panel)(compare_methods)
+    app.command("profit", rich_help_panel=panel)(measure_profit)
 
 
 def run_recipe(
@@ -121,6 +122,49 @@ def compare_methods(
 
     screen.show(screen.fitted(comparison_table(comparison.table), screen.console().width))
     screen.say(f"Table: {comparison.folder / 'compare.md'}")
+
+
+def measure_profit(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    lrs: Annotated[str, typer.Option("--lr", help="Local rates of stage 2, with commas.")] = "0.003,0.03,0.3",
+    steps: Annotated[str, typer.Option(help="Local steps at which scores are taken; 0 is untuned.")] = "0,1,2,4,8,16",
+    mix: Annotated[str, typer.Option(help="Shares of the tuned weights in what is measured.")] = "1",
+    near: Annotated[float, typer.Option(min=0.0, help="Weight of the squared distance to the global weights.")] = 0.0,
+    folder: Annotated[Path | None, typer.Option(help="Where results are kept; given again, it goes on there.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What clients gain by tuning on, and what everybody else's tasks lose (the recipe's method must be profit)."""
+    recipe, given = split_recipe(recipe, overrides)
+    grid = [_numbers("--lr", lrs, float), _numbers("--steps", steps, int), _numbers("--mix", mix, float)]
+    with screen.loading("Loading libraries"):
+        from fedllm.cli.live import watcher
+        from fedllm.profit import profit
+
+        load_plugins()
+    watch = watcher(as_json=as_json, quiet=quiet)
+    with interruptible(watch, lambda: f"Go on with the same command and: --folder {watch.folder}"), watch:
+        found = profit(recipe, *grid, near, given, folder=folder, watch=watch)
+    if as_json:
+        screen.emit({"metric": found.metric, "rows": found.rows})
+        return
+    from fedllm.cli.tables import profit_table
+
+    screen.show(screen.fitted(profit_table(found.rows, found.metric), screen.console().width))
+    screen.say(f"Table: {found.folder / 'profit.md'}\nPicture: {found.folder / 'profit.svg'}")
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    """A list of numbers with commas."""
+    from fedllm.core.errors import ConfigError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option}={text} is no list of numbers.", "Numbers with commas between them.", "0,1,4,16"
+        ) from None
 
 
 def split_recipe(recipe: str, overrides: list[str] | None) -> tuple[str, list[str]]:

@@ -63,6 +63,18 @@ def comparison_table(table: Mapping[str, Any]) -> Table:
     return shown
 
 
+def profit_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
+    """Rows = local rate, steps and mix: personal and global score; a star where no other row beats both."""
+    shown = Table(title=f"{NAMES.get(metric, metric)}: own rows against everybody's", caption="* = on the frontier")
+    for name in ("local rate", "steps", "mix", "personal", "global", "moved", ""):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        scores = [value_text(metric, row[kind]) for kind in ("personal", "global")]
+        numbers = [f"{row['lr']:g}", str(row["steps"]), f"{row['mix']:g}"]
+        shown.add_row(*numbers, *scores, f"{row['moved']:.2f}", "*" if row["frontier"] else "")
+    return shown
+
+
 def _grid(
     title: str, corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]
 ) -> Table:

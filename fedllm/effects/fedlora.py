@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedllm.core.seeds import numpy_stream
 from fedllm.effects import Evidence
 from fedllm.effects.mlp_rig import Mlp, Play, Rows, digits, rows_of, shuffled
@@ -10,7 +12,7 @@ from fedllm.methods.baseline.local import Local
 from fedllm.methods.model_heterogeneity.fedlora import FedLoRA
 
 SEEDS, ROUNDS = 3, 30
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "fedavg": {"rank": 0},
     "fedlora": {},
     "shared first": {"order": "shared-first"},
@@ -33,7 +35,7 @@ def at_odds(seed: int) -> dict[str, dict[str, Rows]]:
 
 def measure() -> Evidence:
     """Mean accuracy of the personal models on each client's own labels, MLP 64-64-64-10, rank 4."""
-    train = {"steps": 20, "lr": 0.05, "optimizer": "sgd", "momentum": 0.9, "clip_norm": None, "batch_size": 20}
+    train: Any = {"steps": 20, "lr": 0.05, "optimizer": "sgd", "momentum": 0.9, "clip_norm": None, "batch_size": 20}
     found: dict[str, list[float]] = {form: [] for form in (*FORMS, "each alone")}
     for seed in range(SEEDS):
         clients = at_odds(seed)

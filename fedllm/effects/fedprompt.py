@@ -1,4 +1,4 @@
-"""FedPrompt sends a tiny part of the model; its prompt knows more than those tuned alone, and less than a pooled one."""
+"""FedPrompt sends a tiny part of the model; a shared prompt knows more than those tuned alone, less than pooled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS = 10
 
 
 def measure() -> Evidence:
-    """Loss on documents of all eight organisations after 5 rounds of 6 steps, and what travels."""
+    """Loss on documents of all eight organisations after 4 rounds of 6 steps, and what travels."""
     found: dict[str, list[float]] = {"local": [], "federated": [], "central": []}
     sent, size = 0.0, model_size()
     with tempfile.TemporaryDirectory() as folder:
@@ -26,7 +26,7 @@ def measure() -> Evidence:
                 seed,
                 Path(folder) / str(seed),
                 ["local", "central"],
-                rounds=5,
+                rounds=4,
                 train={"steps": 6, "batch_size": 2, "lr": 0.05},
                 adapter={"kind": "prompt", "tokens": TOKENS},
             )

@@ -165,9 +165,9 @@ def first_values(widths: Sequence[int], seed: int, personal: int = 0, bridge: tu
 @cache
 def digits() -> tuple[numpy.ndarray, numpy.ndarray]:
     """Pixels in [0, 1], [1797, 64], and classes."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs]
 
-    found = load_digits()
+    found: Any = load_digits()
     return found.data / 16.0, found.target
 
 

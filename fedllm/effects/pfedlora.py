@@ -6,6 +6,8 @@ must help, where all see the same features and one client has a single image per
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedllm.core.seeds import numpy_stream
 from fedllm.effects import Evidence
 from fedllm.effects.mlp_rig import Mlp, Play, Rows, digits, rows_of, shuffled
@@ -43,7 +45,7 @@ def one_poor(seed: int) -> dict[str, dict[str, Rows]]:
 def measure() -> Evidence:
     """Accuracy against each client alone, and the bytes of one upload."""
     gaps, gains, alone = [], [], []
-    train = {"steps": 6, "optimizer": "sgd", "clip_norm": None, "batch_size": 20}
+    train: dict[str, Any] = {"steps": 6, "optimizer": "sgd", "clip_norm": None, "batch_size": 20}
     for seed in range(SEEDS):
         for alpha in (0.1, 0.3):
             clients, how = skewed(seed, alpha), {**train, "lr": 0.05, "momentum": 0.9}
@@ -61,12 +63,12 @@ def measure() -> Evidence:
 
 
 def _both(
-    clients: dict[str, dict[str, Rows]], train: dict[str, object], widths: dict[str, tuple[int, ...]], seed: int
+    clients: dict[str, dict[str, Rows]], train: Any, widths: dict[str, tuple[int, ...]], seed: int
 ) -> tuple[Play, Play]:
     """pFedLoRA, and each client alone, on the same networks."""
     bridged = {w: Mlp(w, seed, bridge=(RANK, WIDTH)) for w in set(widths.values())}
     plain = {w: Mlp(w, seed) for w in set(widths.values())}
-    method = PFedLoRA(train=train, rank=RANK, width=WIDTH)
+    method = PFedLoRA(train=train, rank=RANK, width=WIDTH)  # pyright: ignore[reportCallIssue]
     found = Play(method, {c: bridged[w] for c, w in widths.items()}, clients, seed=seed, rounds=ROUNDS)
     alone = Play(Local(train=train), {c: plain[w] for c, w in widths.items()}, clients, seed=seed, rounds=ROUNDS)
     return found.rounds(ROUNDS), alone.rounds(ROUNDS)

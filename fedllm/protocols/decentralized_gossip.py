@@ -28,8 +28,8 @@ from pydantic import Field, model_validator
 
 from fedllm.blocks import topology
 from fedllm.blocks.compress import compressor
-from fedllm.blocks.mixing import Agreement, PublicCopies, RingMean, checked, choco, mix, push_sum, ratio
-from fedllm.blocks.relay import in_rings, opened, over_peers, places, round_facts, to_neighbours, traffic
+from fedllm.blocks.mixing import PublicCopies, RingMean, checked, choco, mix, push_sum, ratio
+from fedllm.blocks.relay import agreement_of, in_rings, opened, over_peers, places, round_facts, to_neighbours, traffic
 from fedllm.core.card import Card
 from fedllm.core.errors import ConfigError
 from fedllm.core.message import Dense, Json, Received, Upload
@@ -230,9 +230,7 @@ class DecentralizedGossip(Protocol):
         report = {"peers": over_peers(peers), "rounds": state.numbers.get("history", []), **traffic(server.meter)}
         params: Tensors = {}
         if self.average:
-            agreement = Agreement()
-            async for answer in server.ask(self.lend, dict.fromkeys(server.clients, Received()), self.deadline):
-                agreement.add(checked(answer.upload["model"], state.params, answer.client))
+            agreement = await agreement_of(server, self.lend, state.params, self.deadline)
             params = agreement.mean(state.params) if agreement.n else {}
             averaged = over_peers(await self._values(server, Received(params))) if params else {}
             report |= {"averaged": averaged, "spread": agreement.spread}

@@ -80,7 +80,7 @@ class FedBERT(Protocol):
     client_layers: int = Field(1, ge=0)
     """Layers that stay at the client behind the embeddings; 0 is the paper's. One does not hide the text."""
     noise: float = Field(0.0, ge=0)
-    """Standard deviation of Gaussian noise on the activations; no formal privacy, and at 1 most tokens are still read."""
+    """Standard deviation of Gaussian noise on the activations; not a formal privacy, and at 1 most tokens are read."""
     accept_leak: bool = False
     """Needed for client_layers=0 without noise, where the text is simply open to the server."""
     deadline: float | None = Field(None, gt=0)
@@ -95,7 +95,7 @@ class FedBERT(Protocol):
         if self.client_layers == 0 and self.noise == 0 and not self.accept_leak:
             raise ConfigError(
                 "With client_layers=0 and noise=0 the server can read every token off the activations.",
-                "Allowed: accept_leak=true, noise above 0, or client_layers of 1 or more; neither of the last two hides "
+                "Allowed: accept_leak=true, noise above 0, or client_layers of 1 or more; neither of the latter hides "
                 "the text from a server that tries.",
                 action="Set method.accept_leak=true where the server may read the text, and do not use FedBERT where "
                 "it may not.",

@@ -16,7 +16,7 @@ def test_a_seed_gives_the_same_places_everywhere() -> None:
     again = sparse_index(7, "q", (12, 20), 0.1)
     assert torch.equal(first, again) and first is not again
     assert len(first) == sparse_count((12, 20), 0.1) == 24
-    assert torch.equal(first, first.unique()) and 0 <= int(first[0]) and int(first[-1]) < 240
+    assert torch.equal(first, first.unique()) and int(first[0]) >= 0 and int(first[-1]) < 240
     for other in (sparse_index(8, "q", (12, 20), 0.1), sparse_index(7, "v", (12, 20), 0.1)):
         assert not torch.equal(first, other)
 

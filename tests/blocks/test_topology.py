@@ -73,7 +73,7 @@ def test_complete_has_equal_weights() -> None:
 def test_torus_star_exponential() -> None:
     assert all(len(found) == 4 for found in torus(9).sends) and torus(9).parts() == 1
     assert all(len(found) == 3 for found in torus(8).sends), "two rows: up and down are one neighbour"
-    assert torus(4).sends == ring(4).sends
+    assert all(len(found) == 2 for found in torus(4).sends) and torus(4).parts() == 1
     assert star(4).sends == ((1, 2, 3), (0,), (0,), (0,))
     assert exponential(8, directed=True).sends[0] == (1, 2, 4) and exponential(1).sends == ((),)
     assert exponential(6).symmetric and not exponential(8, directed=True).symmetric
@@ -82,12 +82,12 @@ def test_torus_star_exponential() -> None:
 
 @pytest.mark.parametrize("n", [5, 7, 11])
 def test_a_prime_number_of_peers_has_no_torus(n: int) -> None:
-    with pytest.raises(ConfigError, match="prime.*method.graph=ring"):
+    with pytest.raises(ConfigError, match=r"prime.*method.graph=ring"):
         torus(n)
 
 
 def test_metropolis_refuses_directed_edges() -> None:
-    with pytest.raises(ConfigError, match="both directions.*push-sum"):
+    with pytest.raises(ConfigError, match=r"both directions.*push-sum"):
         metropolis(ring(4, directed=True))
 
 
@@ -95,9 +95,9 @@ def test_a_graph_in_parts_is_seen_and_refused() -> None:
     apart = Graph.of(4, [(0, 1), (2, 3)])
     assert apart.parts() == 2 and apart.parts([0, 1]) == 1 and lambda2(metropolis(apart)) == pytest.approx(1)
     assert ring(6).alive([0, 1, 3, 4]).parts([0, 1, 3, 4]) == 2
-    with pytest.raises(ConfigError, match="parts.*edge_share"):
+    with pytest.raises(ConfigError, match=r"parts.*edge_share"):
         build("erdos-renyi", 12, seed=0, share=0.01)
-    with pytest.raises(ConfigError, match="no graph 'rings'.*'ring'"):
+    with pytest.raises(ConfigError, match=r"no graph 'rings'.*'ring'"):
         build("rings", 4, 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -12,12 +11,12 @@ from fedllm.blocks.distil import aligned
 from fedllm.core.errors import RoundFailed
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import on_client
+from fedllm.core.server import Reply
 from fedllm.core.train import Train
 from fedllm.core.wire import decode
 from fedllm.core.work import Client
 from fedllm.effects.fedmd import parties
 from fedllm.effects.mlp_rig import Mlp, Play, logits
-from fedllm.engine.rounds import play_round
 from fedllm.methods.directions.fedmd import FedMD
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
@@ -106,14 +105,11 @@ def test_the_order_of_steps_is_the_papers(ground: Any) -> None:
 
 
 def test_parties_score_the_same_rows_and_learn_the_mean_of_their_logits(ground: Any) -> None:
-    play = start(ground).rounds(1)
+    play, _ = recorded(ground, 1)
     mean = sum(scored(play, client, 1, ground) for client in WIDTHS) / 3
     assert torch.allclose(consensus(play), mean, atol=1e-5)
     assert (play.state.numbers["scored"], play.state.numbers["parties"]) == (1, 3)
-    EVENTS.clear()
-    object.__setattr__(play.method, "__class__", Recorded)
-    play.worker.functions = Recorded.client_functions()
-    asyncio.run(play_round(play.method, play.state, play.server, 3))
+    play.rounds(1)
     targets = [torch.stack(list(e["targets"])) for e in EVENTS if e["what"] == "digest"]
     assert len(targets) == 3 and all(torch.allclose(found, mean, atol=1e-5) for found in targets)
 
@@ -229,13 +225,9 @@ def test_a_late_party_has_its_transfer_start_first(ground: Any) -> None:
 
 def test_after_a_failed_round_the_older_consensus_is_learnt(ground: Any) -> None:
     play = start(ground, Recorded).rounds(1)
-    answer = play.worker.answer
-    play.worker.answer = lambda requests: iter([])  # type: ignore[method-assign]
-    engine_ask = play.server.engine.ask
+    ask = play.server.engine.ask
 
     async def unplugged(requests: Any, deadline: Any) -> Any:
-        from fedllm.core.server import Reply
-
         for request in requests:
             yield Reply(request.id, request.client, None, "unplugged")
 
@@ -243,7 +235,7 @@ def test_after_a_failed_round_the_older_consensus_is_learnt(ground: Any) -> None
     before = consensus(play)
     play.rounds(1)
     assert play.records[-1].failed and torch.equal(consensus(play), before) and play.state.numbers["scored"] == 1
-    play.worker.answer, play.server.engine.ask = answer, engine_ask  # type: ignore[method-assign]
+    play.server.engine.ask = ask  # type: ignore[method-assign]
     EVENTS.clear()
     play.rounds(1)
     digest = next(e for e in EVENTS if e["what"] == "digest")
@@ -295,7 +287,7 @@ def test_a_language_model_is_refused() -> None:
         toy_model("llama", kind="causal-lm"), TaskSettings(template="plain", max_length=32), AdapterSettings(rank=2)
     )
     rows = [{"instruction": "say", "response": "yes"}]
-    play = Play(FedMD(**SHORT), learner, {"a": {"train": rows, "eval": rows}}, rows)
+    play = Play(FedMD(**SHORT), {"a": learner}, {"a": {"train": rows, "eval": rows}}, rows)
     with pytest.raises(RoundFailed, match="Class scores are one vector per row"):
         play.rounds(1)
     assert FedMD.card.models == ("sequence-classification",)

@@ -25,11 +25,13 @@ from fedllm.core.train import Schedule, Train
 from fedllm.core.wire import decode, encode
 from fedllm.data.federation import Federation
 from fedllm.data.organisations import documents
+from fedllm.effects.fedbert import invert, recovered
 from fedllm.effects.rig import quadratic
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
 from fedllm.protocols.fedbert import FedBERT, traffic
+from fedllm.run import run
 from fedllm.tasks.learner import TransformerLearner
 from fedllm.tasks.settings import TaskSettings
 
@@ -548,3 +550,53 @@ def test_a_cut_or_model_that_does_not_fit_is_refused_before_training() -> None:
     plain, _ = quadratic()
     with pytest.raises(ModelError, match="cannot be cut in two"):
         Ground(1, 1).server.__class__(Ground(1, 1).engine, 0, learner=plain).body(0, None)
+
+
+# --- what activations give away ----------------------------------------------------------------------------------
+
+
+def test_the_nearest_embedding_reads_the_text_and_noise_makes_it_harder() -> None:
+    """5000 layer-normed entries of width 64, as in the card."""
+    draw = torch.Generator().manual_seed(0)
+    table = torch.nn.functional.layer_norm(torch.randn(5000, 64, generator=draw), (64,))
+    ids = torch.randint(0, 5000, (10, 40), generator=draw)
+    read = []
+    for noise in (0.0, 0.5, 1.0, 2.0):
+        hidden = table[ids] + noise * torch.randn(10, 40, 64, generator=draw)
+        read.append(float((invert(hidden, table[None]) == ids).float().mean()))
+    assert read[0] == 1.0 and read[1] > 0.99 and read[2] > 0.9 and 0.1 < read[3] < 0.8
+    at_places = table[None, :50] + torch.randn(40, 1, 64, generator=draw)
+    few = ids % 50
+    assert torch.equal(invert(at_places[torch.arange(40), few], at_places), few)
+
+
+def test_inversion_refuses_shapes_that_do_not_fit() -> None:
+    for wrong in (torch.zeros(1, 5, 3), torch.zeros(5, 4)):
+        with pytest.raises(ConfigError, match="do not fit"):
+            invert(torch.zeros(2, 3, 4), wrong)
+    with pytest.raises(ConfigError, match="for 2 of 3 positions"):
+        invert(torch.zeros(2, 3, 4), torch.zeros(2, 5, 4))
+
+
+def test_the_server_of_a_real_run_reads_everything_also_behind_a_layer() -> None:
+    assert recovered() == 1.0 and recovered(noise=2.0) < 0.6
+    assert recovered(client_layers=1) > 0.95  # what the documentation warns of
+
+
+# --- through the front door --------------------------------------------------------------------------------------
+
+
+def test_a_recipe_plays_it_and_measures_it(tmp_path: Any) -> None:
+    recipe = {
+        "method": {"name": "fedbert"},
+        "model": {"name": "toy:bert", "device": "cpu"},
+        "adapter": {"kind": "full"},
+        "task": {"kind": "masked-lm", "max_length": 24},
+        "train": {"steps": 2, "batch_size": 2},
+        "rounds": 2,
+        "evaluation": {"against": []},
+    }
+    data = {c: {"train": r, "eval": r[:2]} for c, r in rows(2).items()}
+    result = run(recipe, data=data, folder=tmp_path / "run", debug=True)
+    assert result.finished and result.state.round == 2
+    assert 0 < (result.value(metric="loss") or 0) < 10

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from pydantic import Field, model_validator
 
-from fedllm.blocks.zeroth import SEED_LIMIT, Kept, Weighed, by_seed, chances, pairs, plain_steps, pool, shares
+from fedllm.blocks.zeroth import SEED_LIMIT, Kept, Weighed, by_seed, chances, pairs, plain_steps, pool, pooled
 from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
@@ -48,7 +48,7 @@ class FedKSeed(Method):
         status="verified",
     )
 
-    train: Train = Train(steps=200, batch_size=1, lr=3e-7, optimizer="sgd", clip_norm=None)
+    train: Train = Train(steps=200, batch_size=1, lr=3e-7, optimizer="sgd", clip_norm=None)  # pyright: ignore
     """Local training: `steps` is tau. The rate is that of a language model with 10^9 weights; small ones need more."""
     pool_size: int | None = Field(None, ge=1)
     """K, the number of candidate seeds; null is 4096, and 1024 for Pro."""
@@ -79,7 +79,8 @@ class FedKSeed(Method):
 
     async def prepare(self, server: Server, state: State) -> State:
         """Draw the master seed."""
-        return replace(state, numbers={**state.numbers, "master": derive(server.seed, "pool") % SEED_LIMIT})
+        master = derive(server.seed, "pool") % SEED_LIMIT
+        return replace(state, numbers={**state.numbers, "master": master})
 
     def distribute(self, state: State, client: Member) -> Received:
         """The master seed and A; in Pro the probabilities as well."""
@@ -92,14 +93,11 @@ class FedKSeed(Method):
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
         """Rebuild the weights, walk tau steps, give back the slopes; the walked weights are discarded."""
-        given, seeds = received["pool"], self._seeds(received)
-        p = given["chances"].double() if self.pro else None
-        p = None if p is None else (p / p.sum()).numpy()
+        given, replay, lr = received["pool"], self._replay(received), self.train.lr
+        p = (given["chances"].double() / given["chances"].double().sum()).numpy() if self.pro else None
         drawn = client.rng("seeds").choice(self.size, size=self.train.steps or 10, p=p)
-        chosen, lr = [seeds[j] for j in drawn], self.train.lr
-        report = await client.probe(
-            None, chosen, self.train, self.eps, lr=lr, replay=self._replay(received), limit=self.limit
-        )
+        chosen = [replay.seeds[j] for j in drawn]
+        report = await client.probe(None, chosen, self.train, self.eps, lr=lr, replay=replay, limit=self.limit)
         sent = pairs(drawn[report.kept].tolist(), report.slopes[report.kept])
         if self.upload == "pairs":
             return Upload(sent, client.size, report.metrics)
@@ -117,26 +115,18 @@ class FedKSeed(Method):
     def expected(self, state: State) -> dict[str, Tensors]:
         """Sums have K entries; pairs are checked by their reducer: a seed outside the pool refuses the upload."""
         zero = torch.zeros(self.size)
-        if self.upload == "pairs":
-            return {}
-        scores = {"scores": dict.fromkeys(SCORES, zero)} if self.pro else {}
-        return {"update": {"sums": zero}, **scores}
+        scores: dict[str, Tensors] = {"scores": dict.fromkeys(SCORES, zero)} if self.pro else {}
+        return {} if self.upload == "pairs" else {"update": {"sums": zero}, **scores}
 
     def finalize(self, state: State, update: Update) -> State:
         """A <- A + sum_i omega_i a_i; in Pro |g| and counts by seed are added up."""
-        held, zero = state.memory["pool"], torch.zeros(self.size, dtype=torch.float64)
         if self.upload == "pairs":
             kept = cast("dict[str, Weighed]", update.collected["update"])
-            omega, found = (
-                shares(kept, self.weighting),
-                {c: by_seed(part.tensors, self.size) for c, part in kept.items()},
-            )
-            change = {"sums": sum((omega[c] * tree["sums"] for c, tree in found.items()), zero)}
-            change.update({n: sum((tree[n] for tree in found.values()), zero) for n in SCORES})
+            change = pooled(kept, self.size, self.weighting)
         else:
             scores = update["scores"] if self.pro else {}
             change = {"sums": update["update"]["sums"], **{n: t * update.clients for n, t in scores.items()}}
-        return state.with_(pool={n: t + change[n] for n, t in held.items()})
+        return state.with_(pool={n: t + change[n] for n, t in state.memory["pool"].items()})
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
@@ -145,8 +135,6 @@ class FedKSeed(Method):
         report = await client.probe(None, (), self.train, self.eps, replay=replay, split="eval", measure=True)
         return Upload(None, client.size, report.score.metrics if report.score else {})
 
-    def _seeds(self, received: Received) -> list[int]:
-        return pool(int(received["pool"]["master"]), self.size)
-
     def _replay(self, received: Received) -> Directions:
-        return Directions(self._seeds(received), received["pool"]["sums"], -self.train.lr)
+        seeds = pool(int(received["pool"]["master"]), self.size)
+        return Directions(seeds, received["pool"]["sums"], -self.train.lr)
