@@ -16,6 +16,7 @@ user, so that asking often gains nothing. A paraphrase by the model stands in wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -30,7 +31,6 @@ from fedllm.core.errors import DataError, FedLLMError
 from fedllm.core.message import Json, Received, Texts, Upload
 from fedllm.core.method import on_client
 from fedllm.core.protocol import Protocol
-from fedllm.core.roster import Member
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors
 
@@ -44,6 +44,7 @@ LONGEST = 4000
 
 Asked = list[Any]
 """Who asks, the number of its held-out row, and the question as it may be shown."""
+PARAMETERS: dict[str, Literal["same", "different"]] = {"sp-sc": "same", "dp-cot": "different"}
 
 
 class FedSPSC(Protocol):
@@ -114,7 +115,7 @@ class FedSPSC(Protocol):
         found = [
             (place, match.text)
             for place, question in enumerate(asked)
-            for match in bank.find(question, self._parameters, self._wanted, self.least, users.get(place))
+            for match in bank.find(question, PARAMETERS[self.variant], self._wanted, self.least, users.get(place))
         ]
         return Upload(None, numbers={"places": [p for p, _ in found]}, texts=Texts(tuple(t for _, t in found)))
 
@@ -146,10 +147,6 @@ class FedSPSC(Protocol):
     def init(self, start: Tensors) -> State:
         """Nothing is trained."""
         return State({}, numbers={"questions": None, "found": [], "ledger": None})
-
-    def distribute(self, state: State, client: Member) -> Received:
-        """Nothing is needed to measure."""
-        return Received()
 
     def source(self, server: Server) -> Source:
         """Who answers where no endpoint is given."""
@@ -215,30 +212,25 @@ class FedSPSC(Protocol):
                 replies[answer.client] = given, places
             else:
                 server.reject(answer.client, "It gave questions in another form, or more than its share.")
-        return pooled(texts, replies, self._parameters, self.similar - (self.variant == "sp-sc"), self.least)
+        return pooled(texts, replies, PARAMETERS[self.variant], self.similar - (self.variant == "sp-sc"), self.least)
 
     async def _report(self, server: Server, state: State) -> Json:
         lines, payloads = state.numbers["found"], {}
         for client in sorted({line["client"] for line in lines}):
             own = [line for line in lines if line["client"] == client]
             payloads[client] = Received(numbers={name: [x[name] for x in own] for name in ("row", "answer", "alone")})
-        sums: dict[str, list[float]] = {"answer": [0.0, 0.0], "alone": [0.0, 0.0]}
-        async for answer in server.ask(self.grade, payloads):
-            for name, (right, n) in answer.upload.metrics.items():
-                sums[name] = [sums[name][0] + right, sums[name][1] + n]
-        rates = {name: right / n if n else None for name, (right, n) in sums.items()}
+        given = [answer.upload.metrics async for answer in server.ask(self.grade, payloads)]
+        right = {name: sum(metrics[name][0] for metrics in given if name in metrics) for name in ("answer", "alone")}
+        graded = sum(metrics["answer"][1] for metrics in given if "answer" in metrics)
+        rates = {name: count / graded if graded else None for name, count in right.items()}
         answered = [line for line in lines if line["answer"] is not None]
-        means = {name: _mean([line[name] for line in lines]) for name in ("coverage", "retrieved", "paraphrased")}
+        means = {name: fmean(line[name] for line in lines) for name in ("coverage", "retrieved", "paraphrased")}
         return {
-            "questions": len(lines), "answered": len(answered), "graded": int(sums["answer"][1]),
+            "questions": len(lines), "answered": len(answered), "graded": int(graded),
             "accuracy": rates["answer"], "accuracy alone": None if self.variant == "dp-cot" else rates["alone"],
-            "share": _mean([line["share"] for line in answered]), **means,
+            "share": fmean(line["share"] for line in answered) if answered else None, **means,
             "spent": state.numbers["ledger"], "answers": lines,
         }  # fmt: skip
-
-    @property
-    def _parameters(self) -> Literal["same", "different"]:
-        return "same" if self.variant == "sp-sc" else "different"
 
     @property
     def _wanted(self) -> int:
@@ -260,7 +252,3 @@ def _line(asked: Asked, found: Outcome) -> Json:
 
 def _with(state: State, round: int, **numbers: Json) -> State:
     return State(state.params, state.memory, {**state.numbers, **numbers}, round)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -304,7 +304,7 @@ class TransformerLearner:
             return self.adapted.call(batch.inputs).logits[rows], rows
         positions = positions + (0 if self.adapted.binding.params is None else self.adapted.offset)
         if self._selective:
-            with self._select.only(rows, positions):
+            with self._select.only(rows, positions), self.adapted.at(rows, batch.inputs["input_ids"].shape[0]):
                 return self.adapted.call(batch.inputs).logits, rows
         return self.adapted.call(batch.inputs).logits[rows, positions], rows
 

@@ -37,7 +37,7 @@ OWN_TYPE = "FEDLLM"
 """What stands for `peft_type` in a folder that PEFT cannot read."""
 UNMERGEABLE = ("prompt", "prefix", "bottleneck", "context")
 """Kinds that are no change of weights."""
-EXTRAS = {"personal": (".personal.", ".lora_B"), "bridge": ("bridge.", ".lora_B"), "sparse": (".sparse", ".sparse")}
+EXTRAS = {"personal": (".personal.", ".lora_B"), "bridge": ("bridge.", ".lora_B")}
 """Options that add tensors to the plain adapter: what their names hold, and the end of those that are 0 when idle."""
 _FACTS = "fedllm"  # the key of our own record in the metadata of the weights file; PEFT does not look there
 
@@ -59,7 +59,7 @@ def save_adapter(folder: str | Path, adapted: Adapted, params: Tensors, extra: M
         RunError: the folder holds something else, or cannot be written.
     """
     folder, (settings, held) = Path(folder), _shared(adapted, _checked(adapted, params))
-    as_peft = peft_format.has(adapted) and not any(getattr(settings, option, 0) for option in EXTRAS)
+    as_peft = peft_format.has(adapted) and not any(getattr(settings, option) for option in EXTRAS)
     config, tensors = peft_format.to_peft(adapted, held) if as_peft else (_own_config(adapted, settings), held)
     facts = {
         "settings": settings.model_dump(mode="json"),
@@ -101,7 +101,7 @@ def save_merged(folder: str | Path, adapted: Adapted, params: Tensors) -> None:
         )
     state = dict(model.state_dict())
     settings, held = _shared(adapted, _checked(adapted, params))
-    extra = next((option for option in EXTRAS if getattr(settings, option, 0)), None)
+    extra = next((option for option in EXTRAS if getattr(settings, option)), None)
     if extra is not None:
         raise ModelError(
             f"This adapter has adapter.{extra}={getattr(settings, extra)}, which cannot be merged into the model.",
@@ -188,7 +188,7 @@ def _shared(adapted: Adapted, params: Tensors) -> tuple[AdapterSettings, Tensors
     idle = [
         option
         for option, (belongs, decides) in EXTRAS.items()
-        if getattr(adapted.settings, option, 0)
+        if getattr(adapted.settings, option)
         and not any(bool(t.any()) for name, t in params.items() if belongs in name and name.endswith(decides))
     ]
     kept = {name: tensor for name, tensor in params.items() if _option(name) not in idle}
