@@ -64,6 +64,10 @@ def numbers(text: str) -> Counter[str]:
     return Counter(found)
 
 
+def _parameters(text: str) -> frozenset[tuple[str, int]]:
+    return frozenset(numbers(text).items())
+
+
 def template(text: str) -> str:
     """A text with every number replaced by "#", in lower case and single spaces."""
     text = re.sub(r"[a-z]+", lambda m: "#" if m[0] in WORDS and m[0] != "one" else m[0], text.lower())
@@ -103,7 +107,10 @@ class QuestionBank:
         self.questions = [question for question in clean if question.text.strip()]
         self.embed = embed
         self._rows = embed([question.text for question in self.questions])
-        self._numbers = [numbers(question.text) for question in self.questions]
+        self._folded = [_folded(question.text) for question in self.questions]
+        self._places: dict[frozenset[tuple[str, int]], list[int]] = {}
+        for place, question in enumerate(self.questions):
+            self._places.setdefault(_parameters(question.text), []).append(place)
 
     def find(
         self, question: str, parameters: Parameters, most: int, least: float = 0.0, without: str | None = None
@@ -119,23 +126,23 @@ class QuestionBank:
 
         A question of the very same words is left out: it adds no opinion of its own and is no demonstration.
         """
-        if most < 1 or not self.questions:
+        same = self._places.get(_parameters(question), [])
+        places = same if parameters == "same" else sorted(set(range(len(self.questions))) - set(same))
+        if most < 1 or not places:
             return []
-        alike = self._rows @ self.embed([question])[0]
-        mine, asked = _folded(question), numbers(question)
+        alike = self._rows[places] @ self.embed([question])[0]
         found: list[Match] = []
-        seen, texts = set[str](), {mine}
-        for place in numpy.argsort(-alike, kind="stable"):
-            candidate = self.questions[int(place)]
-            words = _folded(candidate.text)
-            fits = (self._numbers[int(place)] == asked) == (parameters == "same")
-            if not fits or candidate.user in seen or candidate.user == without or words in texts:
-                continue
-            if alike[place] < least or len(found) == most:
+        seen, texts = set[str](), {_folded(question)}
+        for number in numpy.argsort(-alike, kind="stable"):
+            place = places[int(number)]
+            candidate, words = self.questions[place], self._folded[place]
+            if alike[number] < least or len(found) == most:
                 break
+            if candidate.user in seen or candidate.user == without or words in texts:
+                continue
             seen.add(candidate.user)
             texts.add(words)
-            found.append(Match(candidate.text, float(alike[place]), candidate.user))
+            found.append(Match(candidate.text, float(alike[number]), candidate.user))
         return found
 
 

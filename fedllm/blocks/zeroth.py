@@ -143,6 +143,24 @@ def cosines(tree: Mapping[str, torch.Tensor], seeds: Sequence[int]) -> torch.Ten
     return dots / (squares.sqrt() * whole**0.5) if whole else dots
 
 
+def disagreement(left: tuple[Tensors, float], right: tuple[Tensors, float]) -> tuple[float, float]:
+    """How far apart the means of two sums are, and how large their common mean is: both mean squares over entries.
+
+    The first is the sample variance (two samples, ddof = 1) of the two means, averaged over entries; infinite where one
+    of them is of nothing.
+
+    Args:
+        left: a sum and of how many it is.
+        right: the other.
+    """
+    (a, n), (b, m) = left, right
+    size = sum(t.numel() for t in a.values())
+    if not n or not m:
+        return math.inf, 0.0
+    variance = sum(float((a[k] / n - b[k] / m).square().sum()) / 2 for k in a) / size
+    return variance, sum(float(((a[k] + b[k]) / (n + m)).square().sum()) for k in a) / size
+
+
 def pool(master: int, size: int) -> list[int]:
     """The `size` candidate seeds that follow from a master seed; all different for any size in use."""
     return [derive(master, "pool", number) for number in range(size)]

@@ -46,7 +46,7 @@ def measure() -> Evidence:
         "fedpeptao",
         FedPepTAO.card.claim,
         f"Prefixes of {sizes['half']:.0f} bytes travel in place of {sizes['all']:.0f}. Loss on the clients' own "
-        f"documents, seeds 0-1: half of the layers {spread(half)}, all {spread(whole)}, FedAvg over all {spread(plain)}. "
+        f"documents, seeds 0-1: half of the layers {spread(half)}, all {spread(whole)}, FedAvg {spread(plain)}. "
         "So half of the layers are enough where the others stay personal; that correction at the server makes training "
         "faster does not show (all against FedAvg). Nothing is asserted.",
         None,

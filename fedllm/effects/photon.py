@@ -58,10 +58,17 @@ def arm(name: str, seed: int, learner: TransformerLearner) -> tuple[float, int]:
     return sum(c["loss"] for c in counts) / sum(c["tokens"] for c in counts), play.server.meter.bytes["work/up/update"]
 
 
+def exchange(seed: int, learner: TransformerLearner) -> int:
+    """Bytes that all silos upload where they exchange after one step."""
+    play = Play(Photon(train=Train(steps=1, batch_size=8, lr=3e-3), **PLAIN), learner, texts(seed)[0], seed=seed)
+    play.rounds(1)
+    return play.server.meter.bytes["work/up/update"]
+
+
 def measure() -> Evidence:
     """Held-out loss of four arms, mean of two seeds."""
     losses: dict[str, list[float]] = {name: [] for name in ARMS}
-    sent: dict[str, int] = {}
+    sent, every = dict.fromkeys(ARMS, 0), 0
     for seed in SEEDS:
         task = TaskSettings(max_length=LENGTH, template="plain", loss_on="all", pack=True)
         loaded = toy_model("llama", "causal-lm", seed)
@@ -69,16 +76,18 @@ def measure() -> Evidence:
         for name in ARMS:
             loss, sent[name] = arm(name, seed, learner)
             losses[name].append(loss)
+        every = exchange(seed, learner) * STEPS
     mean = {name: sum(found) / len(found) for name, found in losses.items()}
     shown = mean["synchronous"] < mean["nesterov"] < mean["averaging"] - MARGIN < mean["alone"] - 2 * MARGIN
     told = ", ".join(f"{name} {spread(found, 3)}" for name, found in losses.items())
-    whole = sent["nesterov"] // (STEPS // INNER) * STEPS
+    closed = (mean["alone"] - mean["nesterov"]) / (mean["alone"] - mean["synchronous"])
     return Evidence(
         "photon",
         Photon.card.claim,
         f"Held-out loss after {STEPS} inner steps, {SILOS} silos, seeds {SEEDS}: {told} (asserted of the means: "
-        f"synchronous < nesterov < averaging < alone, the last two by {MARGIN}). Uploads: {sent['nesterov']:,} bytes, "
-        f"{whole // sent['nesterov']} times less than an exchange at every step.",
+        f"synchronous < nesterov < averaging < alone, the last two by {MARGIN}). Nearness to data-parallel training is "
+        f"not asserted and does not show: nesterov closes {closed:.0%} of the gap between alone and synchronous. "
+        f"Uploads: {sent['nesterov']:,} bytes, {every / sent['nesterov']:g} times less than an exchange at every step.",
         shown,
-        {**mean, "traffic_ratio": whole / sent["nesterov"]},
+        {**mean, "gap_closed": closed, "traffic_ratio": every / sent["nesterov"]},
     )

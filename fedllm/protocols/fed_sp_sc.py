@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 LONGEST = 4000
 """Most characters of a question that travels."""
-
-
 Asked = list[Any]
 """Who asks, the number of its held-out row, and the question as it may be shown."""
 PARAMETERS: dict[str, Literal["same", "different"]] = {"sp-sc": "same", "dp-cot": "different"}
@@ -115,7 +113,7 @@ class FedSPSC(Protocol):
         found = [
             (place, match.text)
             for place, question in enumerate(asked)
-            for match in bank.find(question, PARAMETERS[self.variant], self._wanted, self.least, users.get(place))
+            for match in bank.find(question, PARAMETERS[self.variant], self.per_client, self.least, users.get(place))
         ]
         return Upload(None, numbers={"places": [p for p, _ in found]}, texts=Texts(tuple(t for _, t in found)))
 
@@ -198,8 +196,8 @@ class FedSPSC(Protocol):
 
     async def _pool(self, server: Server, asked: Sequence[Asked]) -> list[list[tuple[str, str]]]:
         """For each question what all banks hold of its kind, with a name for whose it is."""
-        wanted, texts = self._wanted, [text for _, _, text in asked]
-        if not wanted:
+        most, texts = self.similar - (self.variant == "sp-sc"), [text for _, _, text in asked]
+        if not most:
             return [[] for _ in asked]
         payloads = {}
         for client in server.clients:
@@ -208,11 +206,11 @@ class FedSPSC(Protocol):
         replies = {}
         async for answer in server.ask(self.retrieve, payloads):
             given, places = texts_of(answer.upload), answer.upload.numbers.get("places")
-            if well_formed(given, places, len(asked), wanted, LONGEST):
+            if well_formed(given, places, len(asked), self.per_client, LONGEST):
                 replies[answer.client] = given, places
             else:
                 server.reject(answer.client, "It gave questions in another form, or more than its share.")
-        return pooled(texts, replies, PARAMETERS[self.variant], self.similar - (self.variant == "sp-sc"), self.least)
+        return pooled(texts, replies, PARAMETERS[self.variant], most, self.least)
 
     async def _report(self, server: Server, state: State) -> Json:
         lines, payloads = state.numbers["found"], {}
@@ -231,10 +229,6 @@ class FedSPSC(Protocol):
             "share": fmean(line["share"] for line in answered) if answered else None, **means,
             "spent": state.numbers["ledger"], "answers": lines,
         }  # fmt: skip
-
-    @property
-    def _wanted(self) -> int:
-        return min(self.per_client, self.similar - (self.variant == "sp-sc"))
 
 
 def _user(client: Client, row: Mapping[str, Any]) -> str:

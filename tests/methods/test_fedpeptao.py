@@ -131,28 +131,28 @@ def test_the_share_is_measured_after_a_warm_up() -> None:
 
 
 def test_the_share_is_one_where_nobody_can_tell_and_never_takes_no_layer() -> None:
-    class Blind(FedPepTAO):
+    class BlindShare(FedPepTAO):
         card = FedPepTAO.card
 
         @on_client
         async def measure_share(self, client: Client, received: Received) -> Upload:
             raise ValueError("no gradient")
 
-    class Flat(FedPepTAO):
+    class FlatShare(FedPepTAO):
         card = FedPepTAO.card
 
         @on_client
         async def measure_share(self, client: Client, received: Received) -> Upload:
             return Upload({"share": torch.zeros(1)}, client.size)
 
-    blind = play(Blind(train=TRAIN, warm_up=1)).rounds(1)
+    blind = play(BlindShare(train=TRAIN, warm_up=1)).rounds(1)
     assert blind.numbers["share"] == 1.0 and blind.numbers["shared"] == [0, 1]
-    flat = play(Flat(train=TRAIN, warm_up=1)).rounds(1)
+    flat = play(FlatShare(train=TRAIN, warm_up=1)).rounds(1)
     assert flat.numbers["share"] == 0.0 and len(flat.numbers["shared"]) == 1
 
 
 def test_a_wrong_score_is_rejected_and_the_rest_counts() -> None:
-    class Wrong(FedPepTAO):
+    class WrongScore(FedPepTAO):
         card = FedPepTAO.card
 
         @on_client
@@ -164,7 +164,7 @@ def test_a_wrong_score_is_rejected_and_the_rest_counts() -> None:
                 upload.update["scores"].fill_(float("nan"))
             return upload
 
-    found = play(Wrong(train=TRAIN, share=0.5))
+    found = play(WrongScore(train=TRAIN, share=0.5))
     found.rounds(1)
     assert sorted(entry["client"] for entry in found.records[0].rejected) == ["c1", "c2"]
     assert found.records[0].used == 4

@@ -225,7 +225,7 @@ def test_the_adapter_must_be_a_prompt() -> None:
 
 @pytest.mark.parametrize(("wrong", "why"), [("nan", "not finite"), ("longer", r"shape \(6, 64\)")])
 def test_a_bad_prompt_is_rejected_by_name(wrong: str, why: str) -> None:
-    class Wrong(FedPrompt):
+    class WrongPrompt(FedPrompt):
         card = FedPrompt.card
 
         async def work(self, client: Any, received: Any) -> Any:
@@ -237,7 +237,7 @@ def test_a_bad_prompt_is_rejected_by_name(wrong: str, why: str) -> None:
 
         work.__on_client__ = True  # type: ignore[attr-defined]
 
-    play = Play(Wrong(train=TRAIN), learner(), {"a": rows(0, 4), "b": rows(3, 5)})
+    play = Play(WrongPrompt(train=TRAIN), learner(), {"a": rows(0, 4), "b": rows(3, 5)})
     alone = Play(FedPrompt(train=TRAIN), learner(), {"a": rows(0, 4), "b": rows(3, 5)})
     play.rounds(1)
     (entry,) = play.records[0].rejected

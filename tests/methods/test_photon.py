@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,10 +12,16 @@ import torch
 from fedllm.core.errors import FedLLMError
 from fedllm.core.message import Dense
 from fedllm.core.reducer import Update
+from fedllm.core.server import Server
 from fedllm.core.state import State
 from fedllm.core.train import Schedule, Train
+from fedllm.core.wire import decode, encode
+from fedllm.engine.local import LocalEngine, LocalWorker
+from fedllm.engine.rounds import play_round
 from fedllm.methods.baseline.fedavg import FedAvg
 from fedllm.methods.directions.photon import PRESETS, Photon
+from fedllm.tasks.function import FunctionLearner
+from tests.methods.conftest import Held
 
 SGD = Train(steps=3, lr=0.05, optimizer="sgd", clip_norm=None, batch_size=3)
 ONE = Train(steps=1, lr=0.05, optimizer="sgd", clip_norm=None, batch_size=64)
@@ -82,8 +90,53 @@ def test_presets_and_what_stands_in_their_place() -> None:
 
 
 def test_silos_count_by_their_tokens(play: Any, net: Any, people: Any) -> None:
-    found = play(Photon(train=SGD, **PLAIN), people, 1, **net)
-    assert found.records[0].failed is None and found.state.round == 1
+    """Equal steps of batches of 3 over p (5 rows), q (12) and s (8): a short last batch of a pass has fewer tokens."""
+    some = {client: people[client] for client in ("p", "q", "s")}
+    found, tokens = play(Photon(train=SGD, **PLAIN), some, 1, **net), {"p": 3 + 2 + 3, "q": 9, "s": 3 + 3 + 2}
+    alone = {c: play(Photon(train=SGD, **PLAIN), {c: rows}, 1, **net).state.params for c, rows in some.items()}
+    assert found.records[0].tokens == sum(tokens.values())
+    for name, tensor in found.state.params.items():
+        mean = sum(tokens[c] * params[name] for c, params in alone.items()) / sum(tokens.values())
+        assert torch.allclose(tensor, mean, atol=1e-6), name
+
+
+def test_traffic_falls_by_the_number_of_inner_steps(play: Any, net: Any, people: Any) -> None:
+    """As many inner steps in H times fewer rounds: H times fewer bytes of weights, both ways, by the meter."""
+    every = play(Photon(train=SGD.model_copy(update={"steps": 1})), people, 6, **net).server.meter
+    seldom = play(Photon(train=SGD.model_copy(update={"steps": 6})), people, 1, **net).server.meter
+    assert every.steps == seldom.steps == 6 * len(people)
+    for part in ("work/up/update", "work/down/params"):
+        assert every.bytes[part] == 6 * seldom.bytes[part]
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_four_rounds_are_two_and_two_after_a_restart(
+    preset: Any, net: Any, people: Any, same: Any, tmp_path: Any
+) -> None:
+    """Weights, momentum, the silos' moments and the places in their streams, bit for bit."""
+    schedule = Schedule(kind="cosine", by="step", warmup=0.1, final=0.1)
+    method = Photon(preset=preset, train=Train(steps=3, lr=0.01, batch_size=2, schedule=schedule))
+    learner = FunctionLearner(net["loss"], net["start"])
+
+    def rounds(count: int, folder: Any, state: State | None, kept: dict[str, str]) -> tuple[State, LocalWorker]:
+        worker = LocalWorker(learner, method, Held(people), 0, folder)
+        worker.private.restore(kept)
+        server = Server(LocalEngine(worker, sorted(people), 8), 0, rounds=4)
+
+        async def go() -> State:
+            now = state or method.init(learner.initial())
+            for _ in range(count):
+                now, record = await play_round(method, now, server, len(people))
+                assert record.failed is None
+            return now
+
+        return asyncio.run(go()), worker
+
+    whole, first = rounds(4, tmp_path / "a", None, {})
+    half, before = rounds(2, tmp_path / "b", None, {})
+    saved = State.from_message(decode(encode(half.to_message())))
+    again, after = rounds(2, tmp_path / "b", saved, before.private.manifest())
+    assert same(whole, again) and first.private.manifest() == after.private.manifest() != {}
 
 
 @pytest.mark.parametrize("wrong", [{"server_lr": 0.0}, {"momentum": 1.0}, {"preset": "photon"}])
@@ -94,7 +147,42 @@ def test_what_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
         Photon(train={"steps": 0})
 
 
-def test_a_failed_round_leaves_momentum_alone() -> None:
+def test_without_an_answer_weights_momentum_and_streams_stay(net: Any, people: Any, same: Any) -> None:
+    learner, method = FunctionLearner(net["loss"], net["start"]), Photon(train=SGD)
+    worker = LocalWorker(learner, method, Held(people), 0)
+    server = Server(Gone(LocalEngine(worker, sorted(people), 8)), 0, rounds=3)  # pyright: ignore[reportArgumentType]
+
+    async def go() -> list[State]:
+        states = [method.init(learner.initial())]
+        for number in (1, 2, 3):
+            server.engine.gone = number == 2  # type: ignore[attr-defined]
+            state, record = await play_round(method, states[-1], server, len(people))
+            assert bool(record.failed) == (number == 2)
+            states.append(state)
+        return states
+
+    states = asyncio.run(go())
+    assert same(states[1], states[2]) and not same(states[2], states[3])
+    assert dict(worker.private.open("q"))["begun"] == 6, "two rounds of three steps"
+
+
+def test_momentum_carries_a_round_without_change() -> None:
     state = State({"w": torch.zeros(1)}, {"velocity": {"w": torch.ones(1)}})
     moved = Photon(server_lr=1.0, momentum=0.5).finalize(state, update(0.0))
     assert float(moved.memory["velocity"]["w"]) == 0.5 and float(moved.params["w"]) == -0.25
+
+
+class Gone:
+    """An engine whose answers do not arrive while `gone`."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self.engine, self.gone = engine, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    async def ask(self, requests: Any, deadline: float | None) -> Any:
+        async for reply in self.engine.ask(requests, deadline):
+            if self.gone:
+                self.engine.drop(reply.client)
+            yield dataclasses.replace(reply, body=None, error="unplugged") if self.gone else reply

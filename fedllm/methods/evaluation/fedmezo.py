@@ -44,7 +44,7 @@ class FedMeZO(Method):
         title="FedMeZO - FedAvg whose local steps need forward passes only",
         paper="Ling et al., KDD 2024, arXiv:2402.05926",
         cells=("2.5 Convergence Analysis",),
-        travels="down: trainable tensors and a rate; up: their change (or 8 B a step), and the loss where rates follow it",
+        travels="down: trainable tensors, a rate; up: their change (or 8 B a step), and a loss where rates follow it",
         claim="Trains in the memory of inference, and rates by client make the loss fall faster than one rate.",
         status="runs",
     )
@@ -99,21 +99,21 @@ class FedMeZO(Method):
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
         """Zeroth-order steps from theta."""
-        lr, steps = float(received.numbers["lr"]), self.train.steps or 10
-        seeds = client.rng("seeds").integers(SEED_LIMIT, size=steps).tolist()
-        decay = self.train.weight_decay
+        lr, decay = float(received.numbers["lr"]), self.train.weight_decay
+        seeds = client.rng("seeds").integers(SEED_LIMIT, size=self.train.steps or 10).tolist()
         report = await client.probe(received.params, seeds, self.train, self.eps, lr=lr, decay=decay, limit=self.limit)
-        total, n = report.loss
-        signal = {"signal": Scalars({"loss": total / n})} if self.rates in WINDOW else {}
         taken = pairs([seeds[i] for i in report.kept], lr * report.slopes[report.kept].double())
         sent = report.delta if self.upload == "change" else taken
-        return Upload(sent, client.size, report.metrics, **signal)
+        upload = Upload(sent, client.size, report.metrics)
+        if self.rates in WINDOW:
+            upload.parts["signal"] = Scalars({"loss": report.loss[0] / report.loss[1]})
+        return upload
 
     @property
     def reducer(self) -> Reducers:
         """A mean; single uploads where they are replayed or held against the mean; losses by client."""
-        kept = Kept(self.train.steps or 10) if self.upload == "pairs" else Kept()
-        update = kept if self.upload == "pairs" or self.rates == "model-diff" else Mean(self.weighting)
+        kept = Kept(self.train.steps or 10 if self.upload == "pairs" else None)
+        update = Mean(self.weighting) if self.upload == "change" and self.rates != "model-diff" else kept
         return {"update": update, **({"signal": Collect()} if self.rates in WINDOW else {})}
 
     def expected(self, state: State) -> dict[str, Tensors]:

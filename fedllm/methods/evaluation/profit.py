@@ -88,7 +88,7 @@ class Profit(AdaptiveServer):
                 except RoundFailed:
                     params, diverged = start, True
             for mix in given["mixes"]:
-                mixed = add(start, subtract(params, start), mix)
+                mixed = params if mix == 1 else add(start, subtract(params, start), mix)
                 own = (await client.score(mixed)).counts
                 everybody = (await client.score(mixed, rows=client.rows("public"))).counts
                 found = {"steps": point, "mix": mix, "diverged": diverged, "moved": norm(subtract(params, start))}

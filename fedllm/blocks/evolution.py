@@ -1,0 +1,139 @@
+"""Evolution - CMA-ES whose whole state is tensors, so that it can travel, be saved and go on with the same bits.
+
+Every step is done by the package `cma` (Hansen and others): its object is built from the state, makes one or more
+steps, and the state is taken out of it again. Samples come from the caller's random stream, never from NumPy's global
+one. The extra `blackbox` brings the package.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+
+from fedllm.core.errors import ConfigError, MissingExtra
+from fedllm.core.tensors import Tensors
+
+LEAST = 3
+"""Solutions that one step of the strategy needs; `cma` refuses fewer."""
+
+
+def first_state(size: int, sigma: float) -> Tensors:
+    """The state before the first step: mean 0, covariance 1 (float64).
+
+    Returns:
+        mean, pc, ps of shape [size], C of shape [size, size], sigma and count of shape [1].
+    """
+    zeros = [torch.zeros(size, dtype=torch.float64) for _ in range(3)]
+    made = dict(zip(("mean", "pc", "ps"), zeros, strict=True))
+    made["C"] = torch.eye(size, dtype=torch.float64)
+    return made | {"sigma": torch.tensor([sigma]).double(), "count": torch.zeros(1, dtype=torch.float64)}
+
+
+class Evolution:
+    """A strategy at work.
+
+    Args:
+        state: see :func:`first_state`; without pc, ps and count the paths begin at zero.
+        solutions: how many are told in each step.
+        rng: samples are drawn from it.
+        parents: how many of them are recombined; half of them where None.
+
+    Raises:
+        MissingExtra: `cma` is not installed.
+        ConfigError: fewer than three solutions, or a covariance that is not positive definite.
+    """
+
+    def __init__(self, state: Tensors, solutions: int, rng: numpy.random.Generator, parents: int | None = None) -> None:
+        if solutions < LEAST:
+            raise ConfigError(
+                f"{solutions} solutions are too few for CMA-ES.", f"Allowed: {LEAST} or more.", str(LEAST)
+            )
+        held = {name: tensor.double().numpy().copy() for name, tensor in state.items()}
+        gap = 0 if "count" in held else None  # one that goes on is as if it had been decomposed in every step
+        options = {
+            "popsize": solutions, "CMA_mu": parents, "randn": lambda *shape: rng.standard_normal(shape),
+            "seed": math.nan, "verbose": -9, "verb_log": 0, "verb_disp": 0, "updatecovwait": gap,
+        }  # fmt: skip
+        self.solutions = solutions
+        self._es: Any = _cma().CMAEvolutionStrategy(held["mean"], float(held["sigma"][0]), options)
+        es, model = self._es, self._es.sm
+        if "count" in held:
+            es.countiter = model.count_tell = model.last_update = int(held["count"][0])
+            es.pc, es.adapt_sigma.ps = held["pc"], held["ps"]
+        if "C" in held:
+            if float(numpy.linalg.eigvalsh(held["C"])[0]) <= 0:
+                raise ConfigError("A covariance is not positive definite.", "The state of the search is damaged.")
+            model.C = held["C"]
+            model.update_now(-1)
+            es._updateBDfromSM(model)
+
+    @property
+    def sigma(self) -> float:
+        """The step size."""
+        return float(self._es.sigma)
+
+    @property
+    def parents(self) -> int:
+        """How many solutions are recombined."""
+        return int(self._es.sp.weights.mu)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Where the search is, [size]."""
+        return torch.from_numpy(self._es.mean.copy())
+
+    def ask(self) -> list[torch.Tensor]:
+        """Solutions to try, each [size]."""
+        return [torch.from_numpy(numpy.array(z)) for z in self._es.ask()]
+
+    def tell(self, solutions: Sequence[torch.Tensor], fitness: Sequence[float], sigma: float | None = None) -> None:
+        """One step: the smaller a fitness the better; one that is not a number has the worst rank.
+
+        Args:
+            solutions: as asked, or others: those that are too far from the mean to be samples are drawn nearer.
+            fitness: one each.
+            sigma: the step size that they were drawn with, where it is not the strategy's own.
+        """
+        if sigma is not None:
+            self._es.sigma = sigma
+            self._es.ask()  # the paths of a strategy that was never asked would be stale
+        drawn = [z.double().numpy().copy() for z in solutions]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._es.tell(drawn, ranked(fitness))
+
+    def state(self) -> Tensors:
+        """The state after the last step; see :func:`first_state`."""
+        es = self._es
+        names = {"mean": es.mean, "pc": es.pc, "ps": es.adapt_sigma.ps, "C": es.sm.C}
+        found = {name: torch.from_numpy(numpy.array(value, dtype=numpy.float64)) for name, value in names.items()}
+        return found | {"sigma": torch.tensor([self.sigma]).double(), "count": torch.tensor([es.countiter]).double()}
+
+
+def ranked(fitness: Sequence[float]) -> list[float]:
+    """Finite numbers of the same ranks; what is not a number is behind all others."""
+    known = sorted({value for value in fitness if math.isfinite(value)})
+    place = {value: float(number) for number, value in enumerate(known)}
+    behind = {-math.inf: -1.0}
+    return [place.get(value, behind.get(value, float(len(known)))) for value in fitness]
+
+
+def positive_weights(solutions: int) -> list[float]:
+    """The weights of recombination where all solutions are parents, the best first; their sum is 1."""
+    raw = [math.log(solutions + 0.5) - math.log(rank) for rank in range(1, solutions + 1)]
+    return [weight / sum(raw) for weight in raw]
+
+
+def _cma() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would like to plot
+            import cma
+    except ModuleNotFoundError:
+        raise MissingExtra("cma", "blackbox", "CMA-ES") from None
+    return cma
