@@ -1,4 +1,4 @@
-"""Cohort - one pass for many clients against one by one, and against a plain run of the same total batch (the limit)."""
+"""Cohort - one pass for many clients against one by one, and against one plain run of the same total batch."""
 
 from __future__ import annotations
 

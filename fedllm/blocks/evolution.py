@@ -20,6 +20,8 @@ from fedllm.core.tensors import Tensors
 
 LEAST = 3
 """Solutions that one step of the strategy needs; `cma` refuses fewer."""
+LARGEST = 1e9
+"""No number of a client's result counts as larger: squares must not overflow, whatever a client sends."""
 
 
 def first_state(size: int, sigma: float) -> Tensors:
@@ -28,10 +30,8 @@ def first_state(size: int, sigma: float) -> Tensors:
     Returns:
         mean, pc, ps of shape [size], C of shape [size, size], sigma and count of shape [1].
     """
-    zeros = [torch.zeros(size, dtype=torch.float64) for _ in range(3)]
-    made = dict(zip(("mean", "pc", "ps"), zeros, strict=True))
-    made["C"] = torch.eye(size, dtype=torch.float64)
-    return made | {"sigma": torch.tensor([sigma]).double(), "count": torch.zeros(1, dtype=torch.float64)}
+    zeros: Tensors = {name: torch.zeros(size, dtype=torch.float64) for name in ("mean", "pc", "ps")}
+    return zeros | {"C": torch.eye(size, dtype=torch.float64)} | vectors(sigma=[sigma], count=[0.0])
 
 
 class Evolution:
@@ -60,11 +60,13 @@ class Evolution:
             "seed": math.nan, "verbose": -9, "verb_log": 0, "verb_disp": 0, "updatecovwait": gap,
         }  # fmt: skip
         self.solutions = solutions
-        self._es: Any = _cma().CMAEvolutionStrategy(held["mean"], float(held["sigma"][0]), options)
+        cma = _cma()
+        self._es: Any = cma.CMAEvolutionStrategy(held["mean"], float(held["sigma"][0]), options)
         es, model = self._es, self._es.sm
         if "count" in held:
             es.countiter = model.count_tell = model.last_update = int(held["count"][0])
             es.pc, es.adapt_sigma.ps = held["pc"], held["ps"]
+            es.timer = cma.utilities.utils.ElapsedWCTime()  # made in the first step only
         if "C" in held:
             if float(numpy.linalg.eigvalsh(held["C"])[0]) <= 0:
                 raise ConfigError("A covariance is not positive definite.", "The state of the search is damaged.")
@@ -112,7 +114,43 @@ class Evolution:
         es = self._es
         names = {"mean": es.mean, "pc": es.pc, "ps": es.adapt_sigma.ps, "C": es.sm.C}
         found = {name: torch.from_numpy(numpy.array(value, dtype=numpy.float64)) for name, value in names.items()}
-        return found | {"sigma": torch.tensor([self.sigma]).double(), "count": torch.tensor([es.countiter]).double()}
+        return found | vectors(sigma=[self.sigma], count=[float(es.countiter)])
+
+
+def over_clients(
+    search: Tensors, replies: Sequence[Tensors], least_sigma: float, rng: numpy.random.Generator
+) -> Tensors:
+    """One step of the server's strategy, told the clients' results, whatever their number (FedBPT, section 3.2).
+
+    Its step size is set to what the clients' searches had: sqrt(sum_k sum_i sigma_ki^2 / (m parents)). The next step
+    size of the clients is theirs times the change of the server's, never more than before and not below `least_sigma`.
+
+    Args:
+        search: see :func:`first_state`, with the clients' step size as `local` [1].
+        replies: of each client its mean `z`, that mean's `fitness` [1], its step sizes `sigmas` [iterations] and its
+            number of `parents` [1]. One reply becomes the mean. Two are recombined by rank; nothing else moves.
+        least_sigma: the smallest step size of the clients.
+        rng: for samples that nobody evaluates.
+    """
+    means = [reply["z"].double().clamp(-LARGEST, LARGEST) for reply in replies]
+    fitness, count, old = [float(reply["fitness"]) for reply in replies], len(replies), float(search["local"])
+    if count < LEAST:
+        order = sorted(range(count), key=ranked(fitness).__getitem__)
+        weights = zip(positive_weights(count), order, strict=True)
+        return {**search, "mean": sum((w * means[i] for w, i in weights), torch.zeros_like(means[0]))}
+    squares = [
+        float(r["sigmas"].clamp(1e-12, old * math.exp(len(r["sigmas"]))).square().sum() / r["parents"].clamp(min=1))
+        for r in replies
+    ]
+    sigma = math.sqrt(sum(squares) / count)
+    strategy = Evolution({name: search[name] for name in search if name != "local"}, count, rng, count)
+    strategy.tell(means, fitness, sigma)
+    return strategy.state() | vectors(local=[min(old, max(least_sigma, strategy.sigma / sigma * old))])
+
+
+def vectors(**values: Sequence[float]) -> Tensors:
+    """Named float64 vectors."""
+    return {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
 
 
 def ranked(fitness: Sequence[float]) -> list[float]:
@@ -133,7 +171,7 @@ def _cma() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would like to plot
-            import cma
+            import cma  # pyright: ignore[reportMissingTypeStubs]
     except ModuleNotFoundError:
         raise MissingExtra("cma", "blackbox", "CMA-ES") from None
     return cma

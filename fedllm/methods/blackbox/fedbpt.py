@@ -1,14 +1,13 @@
 """FedBPT - a soft prompt found by evolution: clients only run the model forward, and send a few hundred numbers.
 
 Where a model can be asked but not trained, a prompt P(z) = A z + p0 is searched over z by CMA-ES: at every client on
-its own data, and at the server over the clients. The server's strategy recombines the clients' means by the rank of
-their fitness; its step size is set to what the clients' searches had. The fitness is the loss over the loss on scrambled
-inputs, as a prompt that only learns how often labels occur lowers both.
+its own data, and at the server over the clients, by the rank of their fitness. The fitness is the loss over the loss on
+scrambled inputs, as a prompt that only learns how often labels occur lowers both.
 
-Deviations: the scale of A is the deviation of the first prompt's numbers, drawn from the embeddings, not theirs. Words
-of a client's own texts stand in for random tokens. The received strategy is its mean, covariance and step size, not a
-whole object. One reply is taken as the new mean; two, which `cma` refuses, are recombined without a new covariance.
-`fedbpt-avg` (`server=mean`) is the paper's baseline FedAvg-BBT; it is linear.
+Deviations: the scale of A is the deviation of the first prompt's numbers (which come from the embeddings), not that of
+all embeddings. Words of a client's own texts stand in for random tokens. What travels of the server's strategy is its
+mean, covariance and step size. A client's result too far from the mean to be a sample is drawn nearer by `cma`. One
+reply becomes the mean; two, which `cma` refuses, move the mean only. `server=mean` is the paper's baseline FedAvg-BBT.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fedllm.blocks.evolution import LEAST, Evolution, first_state, positive_weights, ranked
+from fedllm.blocks.evolution import LEAST, Evolution, first_state, over_clients, vectors
 from fedllm.blocks.subspace import prompt_at, scale_of, scrambled
 from fedllm.core.card import Card
 from fedllm.core.errors import ModelError
@@ -44,8 +43,8 @@ class FedBPT(Method):
         paper="Sun, Xu, Yin, Yang, Xu, Liu, Du, Chen, Roth, ICML 2024, arXiv:2310.01467",
         cells=("2.4 Blackbox", "3.8 Blackbox", "Table 3 [53]"),
         travels="down: mean [d], covariance [d, d] and step size of the search; up: d + iterations + 2 numbers",
-        claim="Without gradients, comparable accuracy to white-box prompt tuning (SST-2: 0.876 with RoBERTa-large) for a "
-        "500,000 times smaller upload than the full model's.",
+        claim="Without gradients, accuracy comparable to white-box tuning (0.876 on SST-2 with RoBERTa-large) for an "
+        "upload 500,000 times smaller than the model.",
         models=("causal-lm", "masked-lm", "sequence-classification", "token-classification"),
         status="verified",
     )
@@ -83,7 +82,7 @@ class FedBPT(Method):
     def init(self, start: Tensors) -> State:
         """The search begins at 0, which is the first prompt."""
         scale_of(start["prompt"], self.alpha, self.sigma, self.spread)
-        search = first_state(self.size, self.sigma) | {"local": torch.tensor([self.sigma]).double()}
+        search = first_state(self.size, self.sigma) | vectors(local=[self.sigma])
         return State(start, {"search": search, "first": dict(start)})
 
     def distribute(self, state: State, client: Member) -> Received:
@@ -119,8 +118,8 @@ class FedBPT(Method):
         metrics = {"loss": (loss * client.size, float(client.size))} if math.isfinite(loss) else {}
         update = {"z": local.mean}
         if self.server == "evolution":
-            update |= _numbers(fitness=[fitness if math.isfinite(fitness) else WORST], sigmas=sigmas)
-            update |= _numbers(parents=[local.parents])
+            worth = fitness if math.isfinite(fitness) else WORST
+            update |= vectors(fitness=[worth], sigmas=sigmas, parents=[float(local.parents)])
         return Upload(update, weight=client.size, metrics=metrics)
 
     @property
@@ -140,7 +139,9 @@ class FedBPT(Method):
             search = {**state.memory["search"], "mean": update.params["z"]}
         else:
             replies = [part.tensors for part in update.collected["update"].values() if isinstance(part, Dense)]
-            search = self._step(state, replies)
+            search = over_clients(
+                state.memory["search"], replies, self.least_sigma, numpy_stream(self.seed, "server", state.round)
+            )
         return state.with_({"prompt": self._prompt(search["mean"], state.memory["first"]["prompt"])}, search=search)
 
     @on_client
@@ -150,34 +151,8 @@ class FedBPT(Method):
         report = await client.score({"prompt": prompt})
         return Upload(None, weight=client.size, metrics=report.metrics)
 
-    def _step(self, state: State, replies: list[Tensors]) -> Tensors:
-        """The strategy after it was told the clients' results, whatever their number."""
-        search, count = state.memory["search"], len(replies)
-        means, fitness = [reply["z"] for reply in replies], [float(reply["fitness"]) for reply in replies]
-        if count < LEAST:
-            order = sorted(range(count), key=ranked(fitness).__getitem__)
-            weights = zip(positive_weights(count), order, strict=True)
-            return {**search, "mean": sum((w * means[i] for w, i in weights), torch.zeros_like(means[0]))}
-        sigma = _pooled(replies)
-        rng = numpy_stream(self.seed, "server", state.round)
-        strategy = Evolution({n: search[n] for n in search if n != "local"}, count, rng, count)
-        strategy.tell(means, fitness, sigma)
-        old = float(search["local"])
-        local = min(old, max(self.least_sigma, strategy.sigma / sigma * old))
-        return strategy.state() | _numbers(local=[local])
-
     def _prompt(self, z: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         return prompt_at(z, first, self.seed, scale_of(first, self.alpha, self.sigma, self.spread))
-
-
-def _pooled(replies: list[Tensors]) -> float:
-    """The step size of all the clients' iterations: sqrt(sum_k sum_i sigma_ki^2 / (m mu))."""
-    squares = [float(reply["sigmas"].square().sum() / reply["parents"]) for reply in replies]
-    return math.sqrt(sum(squares) / len(squares))
-
-
-def _numbers(**values: list[float]) -> Tensors:
-    return {name: torch.tensor(each, dtype=torch.float64) for name, each in values.items()}
 
 
 def _loss(value: float | None) -> float:

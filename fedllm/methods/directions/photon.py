@@ -48,7 +48,7 @@ class Photon(Method):
         paper="Sani et al., 2024, arXiv:2405.10853 and 2411.02908; DiLoCo, arXiv:2311.08105",
         cells=("4.3 Federated Pre-Training",),
         travels="down: all weights; up: their change and the number of tokens, once in H inner steps",
-        claim="Near data-parallel training with H times less traffic, better than plain averaging and than one silo.",
+        claim="With H times less traffic it beats plain averaging and one silo (the paper: near data-parallel).",
         status="verified",
     )
     private = ("moments", "begun")

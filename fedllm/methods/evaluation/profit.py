@@ -10,7 +10,7 @@ Deviations: no checkpoint is chosen by a score: the whole curve over steps is to
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from fedllm.core.errors import RoundFailed
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import on_client
 from fedllm.core.reducer import Update
+from fedllm.core.settings import read
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors, add, norm, over, subtract
 from fedllm.core.train import Train
@@ -75,11 +76,11 @@ class Profit(AdaptiveServer):
         """
         start, given = received.params, received.numbers
         pulled = bool(given["near"])
-        extra = {"anchor": start, "near": {"near": torch.tensor(float(given["near"]))}} if pulled else {}
+        extra: dict[str, Any] = {"anchor": start, "near": {"near": torch.tensor(float(given["near"]))}} if pulled else {}
         params, moments, done, diverged, rows = start, {}, 0, False, []
         for point in given["points"]:
             if point > done and not diverged:
-                train = Train(**{**given["train"], "steps": point - done, "epochs": None})
+                train = read(Train, {**given["train"], "steps": point - done, "epochs": None}, "train")
                 try:
                     report = await client.fit(
                         params, train, self.pull if pulled else None, moments=moments, begun=done, **extra
