@@ -18,6 +18,7 @@ from fedllm.core.settings import merge, read
 from fedllm.data.settings import DataSettings
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.settings import ModelSettings
+from fedllm.modes.settings import CodecSettings
 from fedllm.report.tracking import Tracking
 from fedllm.tasks.settings import TaskSettings
 
@@ -97,6 +98,8 @@ class Recipe(BaseModel):
     """What is learned."""
     groups: dict[str, GroupSettings] = {}
     """Kinds of clients with models, ranks or devices of their own; none: all clients are alike."""
+    codec: CodecSettings = CodecSettings()
+    """How uploads are coded; as they are by default."""
     data: DataSettings = DataSettings()
     """Whose data."""
     evaluation: Evaluation = Evaluation()

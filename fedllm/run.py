@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedllm.core.errors import ConfigError, RoundFailed
 from fedllm.core.message import Received
 from fedllm.core.meter import Meter, peak_memory
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
+from fedllm.core.reducer import Reducer
 from fedllm.core.roster import Group, assign
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
@@ -46,6 +47,9 @@ from fedllm.report.page import write_report
 from fedllm.report.tracking import open_trackers, require
 from fedllm.report.words import sentences
 from fedllm.tasks.learner import TransformerLearner
+
+if TYPE_CHECKING:
+    from fedllm.modes.codec import Codec
 
 FEDERATED = "federated"
 """The leg that plays the recipe's method; what it is compared with is measured at the end only."""
@@ -108,7 +112,8 @@ class Ground:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
         left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
         rows, seed = Pooled(self.federation), self.recipe.seed
-        return LocalWorker(self.learner, method, rows, seed, private, debug, self.roster, self.learners, left)
+        coder = codec_of(self.recipe) if isinstance(method, Method) else None
+        return LocalWorker(self.learner, method, rows, seed, private, debug, self.roster, self.learners, left, coder)
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,10 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
             "They are rows that anybody may read, the same for all.",
             action="Set data.public.path, or give Federation.of(..., public=rows).",
         )
+    codec = codec_of(recipe)
+    if isinstance(method, Method) and codec is not None:
+        reducers = method.reducer
+        codec.check(["update"] if isinstance(reducers, Reducer) else list(reducers))
     cohort, labels = recipe.cohort_size(len(federation.client_ids)), labels_of(federation, recipe)
     learner = build_learner(recipe, labels, method.adapter())
     plain = plain_names(recipe, learner, method)
@@ -292,6 +301,15 @@ def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
     return [str(label) for label in federation.labels]
 
 
+def codec_of(recipe: Recipe) -> Codec | None:
+    """The recipe's codec; None where it changes nothing."""
+    if recipe.codec.idle:
+        return None
+    from fedllm.modes.codec import Codec
+
+    return Codec(**recipe.codec.model_dump(exclude_unset=True))
+
+
 def method_of(recipe: Recipe, key: str | None = None) -> Algorithm:
     """The recipe's method or protocol, or another one under the same settings; refuses what cannot be combined."""
     options = dict(recipe.method)
@@ -390,6 +408,9 @@ class Leg:
         self.worker = ground.worker(method, private, debug)
         engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width.clients)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner)
+        codec = codec_of(recipe)
+        if codec is not None and isinstance(method, Method):
+            self.server.opened = lambda upload: codec.decode(upload, method.expected(self.state))
         start = ground.learner.initial()
         moves = {n for n in start if method.trainable(n) and n not in self.worker.left}
         self.frozen: Tensors = {n: t for n, t in start.items() if n not in moves}

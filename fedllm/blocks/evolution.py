@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy
 import torch
 
-from fedllm.core.errors import ConfigError, MissingExtra
+from fedllm.core.errors import ConfigError, MissingExtra, ModelError
 from fedllm.core.tensors import Tensors
 
 LEAST = 3
@@ -54,19 +54,19 @@ class Evolution:
                 f"{solutions} solutions are too few for CMA-ES.", f"Allowed: {LEAST} or more.", str(LEAST)
             )
         held = {name: tensor.double().numpy().copy() for name, tensor in state.items()}
+        cma, self.solutions = _cma(), solutions
         gap = 0 if "count" in held else None  # one that goes on is as if it had been decomposed in every step
         options = {
             "popsize": solutions, "CMA_mu": parents, "randn": lambda *shape: rng.standard_normal(shape),
             "seed": math.nan, "verbose": -9, "verb_log": 0, "verb_disp": 0, "updatecovwait": gap,
+            "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
         }  # fmt: skip
-        self.solutions = solutions
-        cma = _cma()
         self._es: Any = cma.CMAEvolutionStrategy(held["mean"], float(held["sigma"][0]), options)
         es, model = self._es, self._es.sm
         if "count" in held:
             es.countiter = model.count_tell = model.last_update = int(held["count"][0])
             es.pc, es.adapt_sigma.ps = held["pc"], held["ps"]
-            es.timer = cma.utilities.utils.ElapsedWCTime()  # made in the first step only
+            es.timer, es.mean_old = cma.utilities.utils.ElapsedWCTime(), es.mean  # made in the first step only
         if "C" in held:
             if float(numpy.linalg.eigvalsh(held["C"])[0]) <= 0:
                 raise ConfigError("A covariance is not positive definite.", "The state of the search is damaged.")
@@ -115,6 +115,25 @@ class Evolution:
         names = {"mean": es.mean, "pc": es.pc, "ps": es.adapt_sigma.ps, "C": es.sm.C}
         found = {name: torch.from_numpy(numpy.array(value, dtype=numpy.float64)) for name, value in names.items()}
         return found | vectors(sigma=[self.sigma], count=[float(es.countiter)])
+
+
+async def searched(
+    strategy: Evolution, iterations: int, measured: Callable[[torch.Tensor], Awaitable[float]]
+) -> list[float]:
+    """Ask, measure and tell so many times; the step size after each.
+
+    Raises:
+        ModelError: no solution of an iteration has a fitness that is a number.
+    """
+    sigmas = []
+    for _ in range(iterations):
+        tried = strategy.ask()
+        found = [await measured(z) for z in tried]
+        if not any(map(math.isfinite, found)):
+            raise ModelError("No prompt that was tried has a loss that is a number.", action="Lower method.sigma.")
+        strategy.tell(tried, found)
+        sigmas.append(strategy.sigma)
+    return sigmas
 
 
 def over_clients(

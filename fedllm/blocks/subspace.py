@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedllm.core.errors import ConfigError, DataError
 from fedllm.core.seeds import torch_stream
@@ -27,33 +28,44 @@ def projection(seed: int, numbers: int, size: int) -> torch.Tensor:
     return torch.randn(numbers, size, generator=torch_stream(seed, "projection"))
 
 
-def prompt_at(z: torch.Tensor, first: torch.Tensor, seed: int, scale: float) -> torch.Tensor:
-    """The prompt at `z` [size]: scale A z / sqrt(size) + first, in the shape of `first`.
+class Subspace(BaseModel):
+    """Where a prompt is searched: scale A z / sqrt(size) + first, with the scale at which z = 1 is a likely prompt."""
 
-    Where z is standard normal, the prompt's numbers deviate from `first` by `scale`.
-    """
-    with torch.no_grad():
-        moved = projection(seed, first.numel(), z.numel()) @ z.to(torch.float32)
-        return first + (scale / z.numel() ** 0.5) * moved.view(first.shape)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    size: int = Field(500, ge=2)
+    """Dimensions d of the search."""
+    alpha: float = Field(1.0, gt=0)
+    """Scale of the projection."""
+    spread: float | None = Field(None, gt=0)
+    """Deviation that the scale is taken from; that of the first prompt's own numbers where null."""
+    seed: int = 0
+    """The projection is drawn from it; it must be the same at every client."""
 
-def scale_of(first: torch.Tensor, alpha: float, sigma: float, spread: float | None) -> float:
-    """By how much a prompt's numbers deviate at a step size of 1.
+    def scale(self, first: torch.Tensor, sigma: float) -> float:
+        """By how much a prompt's numbers deviate from `first` where z has deviation 1.
 
-    Args:
-        first: the first prompt; its own deviation stands for that of the embeddings it was drawn from.
-        alpha: a factor.
-        sigma: the first step size.
-        spread: in place of the deviation of `first`.
-    """
-    found = float(first.double().std()) if spread is None else spread
-    if not found > 0:
-        raise ConfigError(
-            "The first prompt has the same number everywhere, so there is no scale to search at.",
-            "The scale is the deviation of its numbers.",
-            action="Set method.spread, or adapter.init=vocabulary.",
-        )
-    return alpha * found / sigma
+        Args:
+            first: the first prompt; its own deviation stands for that of the embeddings it was drawn from.
+            sigma: the first step size.
+
+        Raises:
+            ConfigError: `first` is the same number everywhere.
+        """
+        found = float(first.double().std()) if self.spread is None else self.spread
+        if not found > 0:
+            raise ConfigError(
+                "The first prompt has the same number everywhere, so there is no scale to search at.",
+                "The scale is the deviation of its numbers.",
+                action="Set method.subspace.spread, or adapter.init=vocabulary.",
+            )
+        return self.alpha * found / sigma
+
+    def prompt(self, z: torch.Tensor, first: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The prompt at `z` [size], in the shape of `first`; see :meth:`scale`."""
+        with torch.no_grad():
+            moved = projection(self.seed, first.numel(), self.size) @ z.to(torch.float32)
+            return first + (self.scale(first, sigma) / self.size**0.5) * moved.view(first.shape)
 
 
 def scrambled(rows: Sequence[Mapping[str, Any]], rate: float, rng: numpy.random.Generator) -> list[dict[str, Any]]:

@@ -124,6 +124,7 @@ class Server:
     Attributes:
         lost: clients that did not answer since the last :meth:`begin`, with reasons.
         rejected: clients whose upload was refused since then, with reasons.
+        opened: undoes what a mode did to an upload of `work` (a codec); None where there is none.
         learner: the server's own model, for protocols in which it holds a part; None where it has none.
     """
 
@@ -137,6 +138,7 @@ class Server:
     keep: Callable[[State], None] = lambda state: None
     turn: int = 0
     learner: object = None
+    opened: Callable[[Upload], Upload] | None = None
     _open: dict[str, tuple[str, str]] = field(default_factory=dict)
     _accepted: list[str] = field(default_factory=list)
     _asked: int = 0
@@ -282,6 +284,8 @@ class Server:
         try:
             if not isinstance(message, Upload):
                 raise UploadRejected(f"Client '{reply.client}' sent a {type(message).__name__.lower()}.")
+            if self.opened is not None and op == "work":
+                message = self.opened(message)
             _validate(message, reply.client)
         except UploadRejected as fault:
             self._refuse(reply.client, str(fault))

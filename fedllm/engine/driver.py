@@ -26,6 +26,7 @@ class Turn:
     coroutine: Coroutine[Any, Any, Upload]
     job: Callable[[Request], Job]
     id: str = ""
+    op: str = ""
     cost: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "steps": 0.0})
     learner: Learner | None = None
     answer: Received | None = None

@@ -9,7 +9,9 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Interface
 
+import numpy
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError
@@ -34,6 +36,21 @@ CACHE_TOKENS = 20_000_000
 """Prepared tokens kept over all clients; the least recently used client's are dropped beyond it."""
 
 
+class Coder(Interface):
+    """What makes uploads smaller; see :mod:`fedllm.modes.codec`."""
+
+    @property
+    def memory_name(self) -> str:
+        """The name under which a client's private store keeps what the code lost."""
+        ...
+
+    def encode(
+        self, upload: Upload, memory: Tensors | None, rng: numpy.random.Generator
+    ) -> tuple[Upload, Tensors | None]:
+        """The coded upload and the new memory."""
+        ...
+
+
 class LocalWorker:
     """Answers requests for every client whose rows it can read.
 
@@ -47,6 +64,7 @@ class LocalWorker:
         roster: client id -> its group; who is not in it belongs to the group of all.
         learners: models of groups that have one of their own, by the group's name.
         left: trainable tensors of the learner that this algorithm does not know; they stay at their first values.
+        coder: codes the uploads of `work`; None leaves them as they are.
     """
 
     def __init__(
@@ -60,11 +78,14 @@ class LocalWorker:
         roster: Mapping[str, Group] | None = None,
         learners: Mapping[str, Learner] | None = None,
         left: Collection[str] = (),
+        coder: Coder | None = None,
     ) -> None:
         self.learner, self.algorithm, self.rows, self.seed = learner, algorithm, rows, seed
         self.debug, self.roster, self.learners, self.left = debug, roster or {}, learners or {}, frozenset(left)
         self.functions = algorithm.client_functions()
-        self.private = PrivateStore(algorithm.private, private_folder)
+        self.coder = coder
+        kept = () if coder is None else (coder.memory_name,)
+        self.private = PrivateStore((*algorithm.private, *kept), private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
         self._cached = 0
         self._rest: dict[tuple[int, frozenset[str]], Tensors] = {}
@@ -104,7 +125,7 @@ class LocalWorker:
         """The encoded upload, or the reason why there is none."""
         waits = isinstance(outcome, Exchange)
         try:
-            body = encode(_upload(outcome.upload if waits else outcome))
+            body = encode(self._coded(turn, _upload(outcome.upload if waits else outcome)))
         except Exception as fault:
             if self.debug:
                 raise
@@ -117,6 +138,17 @@ class LocalWorker:
         turn.session, turn.cost = session, {name: 0.0 for name in turn.cost}
         self._sessions[session] = turn
         return Reply(turn.id, turn.client, body, None, cost, session)
+
+    def _coded(self, turn: Turn, upload: Upload) -> Upload:
+        """The upload as the coder sends it; what the code lost stays in the client's private store."""
+        if self.coder is None or turn.op != "work":
+            return upload
+        view = turn.client_view
+        before = view.private.get(self.coder.memory_name)
+        coded, after = self.coder.encode(upload, before, view.rng("codec"))
+        if after is not before and after is not None:
+            view.private[self.coder.memory_name] = after
+        return coded
 
     def examples(self, client: str, split: str) -> list[Example]:
         """The prepared examples of a client, from memory where they were used lately."""
@@ -166,7 +198,7 @@ class LocalWorker:
             place = name, self.seed, client.round, request.rounds
             return Job(work, *place, self._reader(name), self._others(learner, bound_names(work)))
 
-        return Turn(name, play(), job, request.id, learner=learner, client_view=client)
+        return Turn(name, play(), job, request.id, request.op, learner=learner, client_view=client)
 
     def _resumed(self, request: Request) -> Turn:
         """The turn of an open conversation, with what the server answered."""

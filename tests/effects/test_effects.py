@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedllm.effects import checks, verify
-from fedllm.methods import find
+from fedllm.run import algorithm as find
 
 
 @pytest.mark.effect

@@ -18,10 +18,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fedllm.blocks.evolution import LEAST, Evolution, first_state, over_clients, vectors
-from fedllm.blocks.subspace import prompt_at, scale_of, scrambled
+from fedllm.blocks.evolution import LEAST, Evolution, first_state, over_clients, searched, vectors
+from fedllm.blocks.subspace import Subspace, scrambled
 from fedllm.core.card import Card
-from fedllm.core.errors import ModelError
 from fedllm.core.message import Dense, Received, Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.reducer import Collect, Mean, Reducers, Update
@@ -50,8 +49,8 @@ class FedBPT(Method):
     )
     adapters = ("prompt",)
 
-    size: int = Field(500, ge=2)
-    """Dimensions d of the search."""
+    subspace: Subspace = Subspace()  # pyright: ignore[reportCallIssue]
+    """Where the prompt is searched."""
     candidates: int = Field(5, ge=LEAST)
     """Prompts a client tries in one iteration."""
     iterations: int = Field(8, ge=1)
@@ -60,12 +59,6 @@ class FedBPT(Method):
     """The first step size."""
     least_sigma: float = Field(0.5, ge=0)
     """The smallest step size of the clients' searches."""
-    alpha: float = Field(1.0, gt=0)
-    """Scale of the projection."""
-    spread: float | None = Field(None, gt=0)
-    """Deviation that the projection's scale is taken from; that of the first prompt's numbers where null."""
-    seed: int = 0
-    """The projection is drawn from it; it must be the same at every client."""
     fitness: Literal["ratio", "loss"] = "ratio"
     """The loss over the loss on scrambled inputs, or the loss alone."""
     perturb: float = Field(0.5, gt=0, le=1)
@@ -81,8 +74,8 @@ class FedBPT(Method):
 
     def init(self, start: Tensors) -> State:
         """The search begins at 0, which is the first prompt."""
-        scale_of(start["prompt"], self.alpha, self.sigma, self.spread)
-        search = first_state(self.size, self.sigma) | vectors(local=[self.sigma])
+        self.subspace.scale(start["prompt"], self.sigma)
+        search = first_state(self.subspace.size, self.sigma) | vectors(local=[self.sigma])
         return State(start, {"search": search, "first": dict(start)})
 
     def distribute(self, state: State, client: Member) -> Received:
@@ -95,26 +88,22 @@ class FedBPT(Method):
     async def work(self, client: Client, received: Received) -> Upload:
         """Search on the client's own data; only forward passes."""
         search, first = received["search"], client.initial()["prompt"]
-        rng = client.rng("perturb")
-        other = scrambled(client.rows(), self.perturb, rng) if self.fitness == "ratio" else None
+        rows = scrambled(client.rows(), self.perturb, client.rng("perturb")) if self.fitness == "ratio" else None
 
-        async def measured(z: torch.Tensor) -> tuple[float, float]:
-            """Loss and fitness."""
-            params = {"prompt": self._prompt(z, first)}
-            loss = _loss((await client.score(params, "train")).values["loss"])
-            if other is None:
+        async def losses(z: torch.Tensor) -> tuple[float, float]:
+            """The loss, and the fitness made of it."""
+            params = {"prompt": self.subspace.prompt(z, first, self.sigma)}
+            loss = _known((await client.score(params, "train")).values["loss"])
+            if rows is None:
                 return loss, loss
-            return loss, loss / max(self.floor, _loss((await client.score(params, rows=other)).values["loss"]))
+            return loss, loss / max(self.floor, _known((await client.score(params, rows=rows)).values["loss"]))
 
-        local, sigmas = Evolution(search, self.candidates, client.rng("search")), []
-        for _ in range(self.iterations):
-            tried = local.ask()
-            found = [(await measured(z))[1] for z in tried]
-            if not any(map(math.isfinite, found)):
-                raise ModelError(f"No prompt that client '{client.id}' tried has a loss that is a number.")
-            local.tell(tried, found)
-            sigmas.append(local.sigma)
-        loss, fitness = await measured(local.mean)
+        async def fitness_of(z: torch.Tensor) -> float:
+            return (await losses(z))[1]
+
+        local = Evolution(search, self.candidates, client.rng("search"))
+        sigmas = await searched(local, self.iterations, fitness_of)
+        loss, fitness = await losses(local.mean)
         metrics = {"loss": (loss * client.size, float(client.size))} if math.isfinite(loss) else {}
         update = {"z": local.mean}
         if self.server == "evolution":
@@ -129,7 +118,7 @@ class FedBPT(Method):
 
     def expected(self, state: State) -> dict[str, Tensors]:
         """d numbers; for evolution also a fitness, the step sizes and the number of parents."""
-        sizes = {"z": self.size, "fitness": 1, "sigmas": self.iterations, "parents": 1}
+        sizes = {"z": self.subspace.size, "fitness": 1, "sigmas": self.iterations, "parents": 1}
         kept = list(sizes)[: 1 if self.server == "mean" else None]
         return {"update": {name: torch.zeros(sizes[name], dtype=torch.float64) for name in kept}}
 
@@ -140,20 +129,22 @@ class FedBPT(Method):
         else:
             replies = [part.tensors for part in update.collected["update"].values() if isinstance(part, Dense)]
             search = over_clients(
-                state.memory["search"], replies, self.least_sigma, numpy_stream(self.seed, "server", state.round)
+                state.memory["search"],
+                replies,
+                self.least_sigma,
+                numpy_stream(self.subspace.seed, "server", state.round),
             )
-        return state.with_({"prompt": self._prompt(search["mean"], state.memory["first"]["prompt"])}, search=search)
+        return state.with_(
+            {"prompt": self.subspace.prompt(search["mean"], state.memory["first"]["prompt"], self.sigma)}, search=search
+        )
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
         """Measure the prompt at the mean."""
-        prompt = self._prompt(received["search"]["mean"], client.initial()["prompt"])
+        prompt = self.subspace.prompt(received["search"]["mean"], client.initial()["prompt"], self.sigma)
         report = await client.score({"prompt": prompt})
         return Upload(None, weight=client.size, metrics=report.metrics)
 
-    def _prompt(self, z: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        return prompt_at(z, first, self.seed, scale_of(first, self.alpha, self.sigma, self.spread))
 
-
-def _loss(value: float | None) -> float:
+def _known(value: float | None) -> float:
     return math.nan if value is None else value

@@ -76,7 +76,9 @@ class Profit(AdaptiveServer):
         """
         start, given = received.params, received.numbers
         pulled = bool(given["near"])
-        extra: dict[str, Any] = {"anchor": start, "near": {"near": torch.tensor(float(given["near"]))}} if pulled else {}
+        extra: dict[str, Any] = (
+            {"anchor": start, "near": {"near": torch.tensor(float(given["near"]))}} if pulled else {}
+        )
         params, moments, done, diverged, rows = start, {}, 0, False, []
         for point in given["points"]:
             if point > done and not diverged:
