@@ -118,9 +118,17 @@ class Evolution:
 
 
 async def searched(
-    strategy: Evolution, iterations: int, measured: Callable[[torch.Tensor], Awaitable[float]]
-) -> list[float]:
-    """Ask, measure and tell so many times; the step size after each.
+    strategy: Evolution, iterations: int, measured: Callable[[torch.Tensor], Awaitable[tuple[float, float]]]
+) -> tuple[list[float], float, float]:
+    """Ask, measure and tell so many times.
+
+    Args:
+        strategy: moves.
+        iterations: how many steps.
+        measured: the fitness and the loss of a solution.
+
+    Returns:
+        the step size after each iteration, and what is measured at the mean in the end.
 
     Raises:
         ModelError: no solution of an iteration has a fitness that is a number.
@@ -128,12 +136,12 @@ async def searched(
     sigmas = []
     for _ in range(iterations):
         tried = strategy.ask()
-        found = [await measured(z) for z in tried]
+        found = [(await measured(z))[0] for z in tried]
         if not any(map(math.isfinite, found)):
-            raise ModelError("No prompt that was tried has a loss that is a number.", action="Lower method.sigma.")
+            raise ModelError("No prompt that was tried has a loss that is a number.", action="Lower the step size.")
         strategy.tell(tried, found)
         sigmas.append(strategy.sigma)
-    return sigmas
+    return sigmas, *(await measured(strategy.mean))
 
 
 def over_clients(

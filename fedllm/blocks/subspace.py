@@ -7,6 +7,7 @@ learns how often labels occur lowers the loss on them as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -35,6 +36,8 @@ class Subspace(BaseModel):
 
     size: int = Field(500, ge=2)
     """Dimensions d of the search."""
+    sigma: float = Field(1.0, gt=0)
+    """The first step size."""
     alpha: float = Field(1.0, gt=0)
     """Scale of the projection."""
     spread: float | None = Field(None, gt=0)
@@ -42,12 +45,11 @@ class Subspace(BaseModel):
     seed: int = 0
     """The projection is drawn from it; it must be the same at every client."""
 
-    def scale(self, first: torch.Tensor, sigma: float) -> float:
+    def scale(self, first: torch.Tensor) -> float:
         """By how much a prompt's numbers deviate from `first` where z has deviation 1.
 
         Args:
             first: the first prompt; its own deviation stands for that of the embeddings it was drawn from.
-            sigma: the first step size.
 
         Raises:
             ConfigError: `first` is the same number everywhere.
@@ -59,13 +61,20 @@ class Subspace(BaseModel):
                 "The scale is the deviation of its numbers.",
                 action="Set method.subspace.spread, or adapter.init=vocabulary.",
             )
-        return self.alpha * found / sigma
+        return self.alpha * found / self.sigma
 
-    def prompt(self, z: torch.Tensor, first: torch.Tensor, sigma: float) -> torch.Tensor:
+    def prompt(self, z: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """The prompt at `z` [size], in the shape of `first`; see :meth:`scale`."""
         with torch.no_grad():
             moved = projection(self.seed, first.numel(), self.size) @ z.to(torch.float32)
-            return first + (self.scale(first, sigma) / self.size**0.5) * moved.view(first.shape)
+            return first + (self.scale(first) / self.size**0.5) * moved.view(first.shape)
+
+
+def ratio(loss: float | None, other: float | None, floor: float) -> float:
+    """The loss over the loss on scrambled inputs (`floor` at least); not a number where one of them is missing."""
+    if loss is None or other is None or math.isnan(other):
+        return math.nan
+    return loss / max(other, floor)
 
 
 def scrambled(rows: Sequence[Mapping[str, Any]], rate: float, rng: numpy.random.Generator) -> list[dict[str, Any]]:

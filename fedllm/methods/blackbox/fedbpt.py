@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from fedllm.blocks.evolution import LEAST, Evolution, first_state, over_clients, searched, vectors
-from fedllm.blocks.subspace import Subspace, scrambled
+from fedllm.blocks.subspace import Subspace, ratio, scrambled
 from fedllm.core.card import Card
 from fedllm.core.message import Dense, Received, Upload
 from fedllm.core.method import Method, on_client
@@ -55,8 +55,6 @@ class FedBPT(Method):
     """Prompts a client tries in one iteration."""
     iterations: int = Field(8, ge=1)
     """Iterations of a client's search in one round."""
-    sigma: float = Field(1.0, gt=0)
-    """The first step size."""
     least_sigma: float = Field(0.5, ge=0)
     """The smallest step size of the clients' searches."""
     fitness: Literal["ratio", "loss"] = "ratio"
@@ -74,8 +72,8 @@ class FedBPT(Method):
 
     def init(self, start: Tensors) -> State:
         """The search begins at 0, which is the first prompt."""
-        self.subspace.scale(start["prompt"], self.sigma)
-        search = first_state(self.subspace.size, self.sigma) | vectors(local=[self.sigma])
+        self.subspace.scale(start["prompt"])
+        search = first_state(self.subspace.size, self.subspace.sigma) | vectors(local=[self.subspace.sigma])
         return State(start, {"search": search, "first": dict(start)})
 
     def distribute(self, state: State, client: Member) -> Received:
@@ -90,20 +88,14 @@ class FedBPT(Method):
         search, first = received["search"], client.initial()["prompt"]
         rows = scrambled(client.rows(), self.perturb, client.rng("perturb")) if self.fitness == "ratio" else None
 
-        async def losses(z: torch.Tensor) -> tuple[float, float]:
-            """The loss, and the fitness made of it."""
-            params = {"prompt": self.subspace.prompt(z, first, self.sigma)}
-            loss = _known((await client.score(params, "train")).values["loss"])
-            if rows is None:
-                return loss, loss
-            return loss, loss / max(self.floor, _known((await client.score(params, rows=rows)).values["loss"]))
-
-        async def fitness_of(z: torch.Tensor) -> float:
-            return (await losses(z))[1]
+        async def measured(z: torch.Tensor) -> tuple[float, float]:
+            params = {"prompt": self.subspace.prompt(z, first)}
+            loss = (await client.score(params, "train")).values["loss"]
+            other = 1.0 if rows is None else (await client.score(params, rows=rows)).values["loss"]
+            return ratio(loss, other, self.floor), math.nan if loss is None else loss
 
         local = Evolution(search, self.candidates, client.rng("search"))
-        sigmas = await searched(local, self.iterations, fitness_of)
-        loss, fitness = await losses(local.mean)
+        sigmas, fitness, loss = await searched(local, self.iterations, measured)
         metrics = {"loss": (loss * client.size, float(client.size))} if math.isfinite(loss) else {}
         update = {"z": local.mean}
         if self.server == "evolution":
@@ -128,23 +120,14 @@ class FedBPT(Method):
             search = {**state.memory["search"], "mean": update.params["z"]}
         else:
             replies = [part.tensors for part in update.collected["update"].values() if isinstance(part, Dense)]
-            search = over_clients(
-                state.memory["search"],
-                replies,
-                self.least_sigma,
-                numpy_stream(self.subspace.seed, "server", state.round),
-            )
-        return state.with_(
-            {"prompt": self.subspace.prompt(search["mean"], state.memory["first"]["prompt"], self.sigma)}, search=search
-        )
+            rng = numpy_stream(self.subspace.seed, "server", state.round)
+            search = over_clients(state.memory["search"], replies, self.least_sigma, rng)
+        prompt = self.subspace.prompt(search["mean"], state.memory["first"]["prompt"])
+        return state.with_({"prompt": prompt}, search=search)
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
         """Measure the prompt at the mean."""
-        prompt = self.subspace.prompt(received["search"]["mean"], client.initial()["prompt"], self.sigma)
+        prompt = self.subspace.prompt(received["search"]["mean"], client.initial()["prompt"])
         report = await client.score({"prompt": prompt})
         return Upload(None, weight=client.size, metrics=report.metrics)
-
-
-def _known(value: float | None) -> float:
-    return math.nan if value is None else value
