@@ -26,6 +26,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "seq2seq": {"instruction": "Name the city.", "response": "Paris"},
     "sequence-classification": {"text": "The film was great.", "label": "a"},
     "token-classification": {"tokens": ["The", "film"], "tags": ["a", "b"]},
+    "masked-lm": {"text": "The film was great and the weather was warm in the valley near the town."},
+    "dual-encoder": {"image": [[16 * (row % 8) for row in range(32)]] * 32, "label": "a"},
 }
 """One row of each task."""
 
@@ -61,7 +63,7 @@ def try_all() -> Iterator[Tried]:
 
 def _try_all() -> Iterator[Tried]:
     for task in TASKS:
-        labels = LABELS if task.endswith("classification") else None
+        labels = LABELS if task.endswith("classification") or task == "dual-encoder" else None
         for family in KINDS:
             try:
                 loaded = toy_model(family, kind=task, labels=labels)  # type: ignore[arg-type]
@@ -75,12 +77,15 @@ def _try_all() -> Iterator[Tried]:
 
 def _try(loaded: Any, task: str, adapter: str, labels: list[str] | None) -> tuple[str, str]:
     """Make one training step: the verdict and the reason."""
+    from fedllm.tasks.dual_encoder import DualEncoderLearner
     from fedllm.tasks.learner import TransformerLearner
 
-    settings = TaskSettings(kind=task, template="plain", max_length=64)  # type: ignore[arg-type]
+    template = "auto" if task == "dual-encoder" else "plain"
+    settings = TaskSettings(kind=task, template=template, max_length=64)  # type: ignore[arg-type]
+    learner: Any = DualEncoderLearner if task == "dual-encoder" else TransformerLearner
     try:
         kind = AdapterSettings(kind=adapter, rank=2, tokens=4)  # type: ignore[arg-type]
-        _step(TransformerLearner(loaded, settings, kind, labels, 0), ROWS[task])
+        _step(learner(loaded, settings, kind, labels, 0), ROWS[task])
     except FedLLMError as fault:
         return "refused", str(fault)
     except Exception as fault:
