@@ -22,8 +22,8 @@ def test_offers(here):
     assert complete.recipes("qui") == ["quickstart"] and complete.recipes("mi") == ["mine.yaml"]
     assert complete.runs("") == complete.runs("ru") == complete.runs("runs/") == ["runs/one", "runs/two"]
     assert complete.runs("runs/o") == ["runs/one"] and complete.runs("absent/") == []
-    assert complete.methods("fedp") == ["fedprox"]
-    assert complete.method_lists("fedavg,fedp") == ["fedavg,fedprox"] and complete.method_lists("ba") == ["base"]
+    assert complete.methods("fedpro") == ["fedprompt", "fedprox"]
+    assert complete.method_lists("fedavg,fedprox") == ["fedavg,fedprox"] and complete.method_lists("ba") == ["base"]
     assert complete.sources("ro") == ["rows.jsonl"]
     assert complete.explained("rec") == ["recipe"] and "baseline" in complete.topics("base")
 

@@ -1,1 +1,0 @@
-"""Black box and transfer (2.4, 3.8)."""
