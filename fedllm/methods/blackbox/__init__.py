@@ -1,0 +1,1 @@
+"""Black box and transfer (2.4, 3.8)."""
