@@ -110,7 +110,11 @@ def test_the_matrix_agrees_with_what_a_run_refuses(site: Path) -> None:
         key = re.match(r"\[([\w-]+)\]", line[0]).group(1)  # type: ignore[union-attr]
         for column in head[1 : head.index("linear")]:
             where = "task.kind" if column in get_args(TaskKind) else "adapter.kind"
-            recipe = load_recipe({"method": key}, [f"{where}={column}"])
+            works = algorithm(key).card.models
+            given = [] if "any" in works or where == "task.kind" else [f"task.kind={works[0]}"]
+            if where == "task.kind" and algorithm(key).adapters:
+                given = [f"adapter.kind={algorithm(key).adapters[0]}"]
+            recipe = load_recipe({"method": key}, [*given, f"{where}={column}"])
             try:
                 method_of(recipe)
             except ConfigError:
