@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ def _command(kind: Any) -> str:
 
     train = kind.model_fields.get("train")
     own = changed(train.default) if train is not None else {}
-    given = [f"train.{n}={as_yaml(v)}" for n, v in sorted(own.items()) if n in load_recipe("quickstart").train]
+    given = [
+        shlex.quote(f"train.{n}={as_yaml(v)}") for n, v in sorted(own.items()) if n in load_recipe("quickstart").train
+    ]
     return " ".join(["fedllm run quickstart", f"method.name={kind.key}", *given])
 
 
