@@ -144,6 +144,9 @@ def _command(kind: Any) -> str:
     given = [
         shlex.quote(f"train.{n}={as_yaml(v)}") for n, v in sorted(own.items()) if n in load_recipe("quickstart").train
     ]
+    adapters, models = getattr(kind, "adapters", ()), kind.card.models
+    given += [f"adapter.kind={adapters[0]}"] if adapters and "lora" not in adapters else []
+    given += [] if {"any", "causal-lm"} & set(models) else [f"task.kind={models[0]}"]
     return " ".join(["fedllm run quickstart", f"method.name={kind.key}", *given])
 
 

@@ -31,8 +31,10 @@ TASKS = ((0, 1, 2, 3), (1, 3, 5, 7), (0, 6, 8, 9), (2, 4, 7, 9), (1, 4, 5, 8), (
 """The digits that each task calls positive; the last one is what clients look for."""
 SEEN = 900
 """Digits that the network is trained on; clients hold others, and others again are held out."""
-LEAST = 0.90
-"""Held-out accuracy that every seed must reach."""
+BEHIND = 0.10
+"""Points of held-out accuracy that a prompt may be behind one found by gradients on all clients' digits pooled."""
+GAIN = 0.15
+"""Points that it must gain over the prompt that the search begins at."""
 Skew = Literal["iid", "mild"]
 
 
@@ -92,11 +94,34 @@ class Frozen(FunctionLearner):
         return [{"loss": value, "examples": 1.0} for losses in found for value in losses]
 
 
+def halves(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pixels and classes for the clients, and those held out."""
+    _, x, digit = served(seed)
+    y = torch.isin(digit, torch.tensor(TASKS[-1])).long()
+    return x[:450], y[:450], x[450:], y[450:]
+
+
+def accuracy(seed: int, prompt: torch.Tensor) -> float:
+    """On the held-out digits."""
+    _, _, x, y = halves(seed)
+    return float((network(served(seed)[0], prompt, x).argmax(1) == y).float().mean())
+
+
+def by_gradient(seed: int) -> float:
+    """Held-out accuracy of a prompt trained by gradients on the clients' digits pooled."""
+    weights, (x, y, _, _) = served(seed)[0], halves(seed)
+    prompt = torch.zeros(32, requires_grad=True)
+    optimiser = torch.optim.Adam([prompt], lr=0.05)
+    for _ in range(300):
+        optimiser.zero_grad()
+        functional.cross_entropy(network(weights, prompt, x), y).backward()
+        optimiser.step()
+    return accuracy(seed, prompt.detach())
+
+
 def found(seed: int, skew: Skew = "iid", clients: int = 5, rounds: int = ROUNDS, **options: Any) -> tuple[float, Play]:
     """Held-out accuracy of the prompt after `rounds`, and the play."""
-    weights, x, digit = served(seed)
-    y = torch.isin(digit, torch.tensor(TASKS[-1])).long()
-    train_x, train_y, x, y = x[:450], y[:450], x[450:], y[450:]
+    train_x, train_y, _, _ = halves(seed)
     draw = numpy.random.default_rng(seed)
     shares = numpy.linspace(0.3, 0.7, clients) if skew == "mild" else [float(train_y.float().mean())] * clients
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -105,32 +130,37 @@ def found(seed: int, skew: Skew = "iid", clients: int = 5, rounds: int = ROUNDS,
         chosen = [i for c in (0, 1) for i in draw.choice(numpy.flatnonzero(train_y.numpy() == c), wanted[c])]
         rows[f"c{client}"] = [{"x": [*train_x[i].tolist(), float(train_y[i])]} for i in chosen]
 
-    learner: Any = Frozen(weights)
+    learner: Any = Frozen(served(seed)[0])
     play = Play(FedBPT(**{**SETTINGS, **options}), learner, rows, seed=seed, rounds=rounds)
-    state = play.rounds(rounds)
-    return float((network(weights, state.params["prompt"], x).argmax(1) == y).float().mean()), play
+    return accuracy(seed, play.rounds(rounds).params["prompt"]), play
 
 
 def measure() -> Evidence:
     """Held-out accuracy by seed for alike clients and for mild label skew, and the bytes of an upload."""
-    accuracy: dict[str, list[float]] = {}
+    accuracy_of: dict[str, list[float]] = {}
     sizes = set()
     for skew in ("iid", "mild"):
         for server in ("evolution", "mean"):
             runs = [found(seed, skew, server=server) for seed in SEEDS]
-            accuracy[f"{skew} {server}"] = [value for value, _ in runs]
+            accuracy_of[f"{skew} {server}"] = [value for value, _ in runs]
             if server == "evolution":
                 sizes |= {play.server.meter.bytes["work/up/update"] for _, play in runs}
-    start = [found(seed, rounds=0)[0] for seed in SEEDS]
+    start, white = [found(seed, rounds=0)[0] for seed in SEEDS], [by_gradient(seed) for seed in SEEDS]
     each = 8 * (16 + 1 + 5 + 1)
     exact = sizes == {each * 5 * ROUNDS}
-    told = ", ".join(f"{name} {spread(values)}" for name, values in accuracy.items())
+    told = ", ".join(f"{name} {spread(values)}" for name, values in accuracy_of.items())
+    passed = exact and all(
+        value > white[i] - BEHIND and value > start[i] + GAIN
+        for skew in ("iid", "mild")
+        for i, value in enumerate(accuracy_of[f"{skew} evolution"])
+    )
     return Evidence(
         "fedbpt",
         FedBPT.card.claim,
-        f"Held-out accuracy of the prompt found for a frozen network, seeds {SEEDS}: before {spread(start)}; after "
-        f"{ROUNDS} rounds {told} (margin: {LEAST} for evolution with every seed; no difference to the mean is "
-        f"claimed). An upload has {each} bytes of numbers{'' if exact else ', which was NOT what travelled'}.",
-        exact and min(*accuracy["iid evolution"], *accuracy["mild evolution"]) >= LEAST,
-        {name: sum(values) / len(values) for name, values in {**accuracy, "before": start}.items()},
+        f"Held-out accuracy of the prompt found for a frozen network, seeds {SEEDS}: before {spread(start)}, by gradients "
+        f"on pooled data {spread(white)}, after {ROUNDS} rounds {told} (margins for evolution with each seed: at most "
+        f"{BEHIND} behind gradients, {GAIN} above the start; no difference to the mean is claimed). An upload has {each} "
+        f"bytes of numbers{'' if exact else ', which is NOT what travelled'}.",
+        passed,
+        {n: sum(v) / len(v) for n, v in {**accuracy_of, "before": start, "gradients": white}.items()},
     )
