@@ -144,6 +144,8 @@ def _command(kind: Any) -> str:
     given = [
         shlex.quote(f"train.{n}={as_yaml(v)}") for n, v in sorted(own.items()) if n in load_recipe("quickstart").train
     ]
+    if train is not None and kind.key in ("fedkseed", "fedmezo", "fwdllm"):  # they refuse a rate that changes
+        given.append("train.schedule.kind=constant")
     adapters, models = getattr(kind, "adapters", ()), kind.card.models
     given += [f"adapter.kind={adapters[0]}"] if adapters and "lora" not in adapters else []
     given += [] if {"any", "causal-lm"} & set(models) else [f"task.kind={models[0]}"]

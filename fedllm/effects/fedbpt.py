@@ -157,10 +157,10 @@ def measure() -> Evidence:
     return Evidence(
         "fedbpt",
         FedBPT.card.claim,
-        f"Held-out accuracy of the prompt found for a frozen network, seeds {SEEDS}: before {spread(start)}, by gradients "
+        f"Held-out accuracy of a prompt for a frozen network, seeds {SEEDS}: before {spread(start)}, by gradients "
         f"on pooled data {spread(white)}, after {ROUNDS} rounds {told} (margins for evolution with each seed: at most "
-        f"{BEHIND} behind gradients, {GAIN} above the start; no difference to the mean is claimed). An upload has {each} "
-        f"bytes of numbers{'' if exact else ', which is NOT what travelled'}.",
+        f"{BEHIND} behind gradients, {GAIN} above the start; no difference to the mean is claimed). Uploads: {each} "
+        f"bytes of numbers each{'' if exact else ', which is NOT what travelled'}.",
         passed,
         {n: sum(v) / len(v) for n, v in {**accuracy_of, "before": start, "gradients": white}.items()},
     )
