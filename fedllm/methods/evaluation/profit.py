@@ -3,7 +3,7 @@
 Stage 1 is FedAvg or FedSGD with SGD or Adam at the server. In stage 2 every client goes on from the global prompt; on
 the way its personal score (own held-out rows) and its global score (rows of everybody, the same for all) are measured.
 The command profit plays both and draws the frontier; the client half of stage 2 is :meth:`Profit.personal`, and it
-with whatever is trained, not only with prompts.
+works with whatever is trained, not only with prompts.
 
 Deviations: no checkpoint is chosen by a score: the whole curve over steps is told, so nothing is picked on test rows.
 """
