@@ -23,6 +23,8 @@ from tests.contract.conftest import Table, clients, equal, make, same_state
 
 KEYS = sorted(key for key, kind in methods().items() if kind.__module__.startswith("fedllm.methods."))
 PAPERLESS = {"local", "central"}
+FORWARD_ONLY = {"fedbpt"}
+"""Methods whose clients only measure: no optimiser step, and no training token."""
 every_method = pytest.mark.parametrize("key", KEYS)
 
 
@@ -94,7 +96,7 @@ def test_the_meter_counts_what_travels(key: str, learner: Any) -> None:
     assert meter.total("down") == sum(len(request.body) for request in table.engine.requests)
     assert meter.total("up") == sum(len(reply.body) for reply in table.engine.replies)
     assert meter.total("up") == sum(record.bytes_up for record in table.records)
-    assert meter.tokens > 0 and meter.steps > 0
+    assert key in FORWARD_ONLY or (meter.tokens > 0 and meter.steps > 0)
 
 
 @every_method
