@@ -38,7 +38,8 @@ class Evolution:
     """A strategy at work.
 
     Args:
-        state: see :func:`first_state`; without pc, ps and count the paths begin at zero.
+        state: see :func:`first_state`. Without pc, ps and count the paths begin at zero, without C it is round; such a
+            one is to make several steps, and mirrors bad samples where it has few, as `cma` does by default.
         solutions: how many are told in each step.
         rng: samples are drawn from it.
         parents: how many of them are recombined; half of them where None.
@@ -55,11 +56,11 @@ class Evolution:
             )
         held = {name: tensor.double().numpy().copy() for name, tensor in state.items()}
         cma, self.solutions = _cma(), solutions
-        gap = 0 if "count" in held else None  # one that goes on is as if it had been decomposed in every step
+        goes_on = {"updatecovwait": 0, "CMA_mirrors": 0} if "count" in held else {}  # what would need the last step
         options = {
             "popsize": solutions, "CMA_mu": parents, "randn": lambda *shape: rng.standard_normal(shape),
-            "seed": math.nan, "verbose": -9, "verb_log": 0, "verb_disp": 0, "updatecovwait": gap,
-            "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
+            "seed": math.nan, "verbose": -9, "verb_log": 0, "verb_disp": 0,
+            "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA, **goes_on,
         }  # fmt: skip
         self._es: Any = cma.CMAEvolutionStrategy(held["mean"], float(held["sigma"][0]), options)
         es, model = self._es, self._es.sm
@@ -67,12 +68,11 @@ class Evolution:
             es.countiter = model.count_tell = model.last_update = int(held["count"][0])
             es.pc, es.adapt_sigma.ps = held["pc"], held["ps"]
             es.timer, es.mean_old = cma.utilities.utils.ElapsedWCTime(), es.mean  # made in the first step only
-        if "C" in held:
-            if float(numpy.linalg.eigvalsh(held["C"])[0]) <= 0:
-                raise ConfigError("A covariance is not positive definite.", "The state of the search is damaged.")
-            model.C = held["C"]
-            model.update_now(-1)
-            es._updateBDfromSM(model)
+        model.C = held.get("C", numpy.eye(len(held["mean"])))
+        if float(numpy.linalg.eigvalsh(model.C)[0]) <= 0:
+            raise ConfigError("A covariance is not positive definite.", "The state of the search is damaged.")
+        model.update_now(-1)
+        es._updateBDfromSM(model)
 
     @property
     def sigma(self) -> float:

@@ -25,7 +25,7 @@ from fedllm.tasks.function import FunctionLearner
 SEEDS = (0, 1, 2)
 ROUNDS = 20
 SETTINGS: dict[str, Any] = {
-    "subspace": {"size": 16, "spread": 1.0}, "candidates": 10, "iterations": 5, "fitness": "loss",
+    "subspace": {"size": 16, "spread": 0.5}, "candidates": 10, "iterations": 5, "fitness": "loss",
 }  # fmt: skip
 TASKS = ((0, 1, 2, 3), (1, 3, 5, 7), (0, 6, 8, 9), (2, 4, 7, 9), (1, 4, 5, 8), (3, 6, 7, 8))
 """The digits that each task calls positive; the last one is what clients look for."""
