@@ -141,11 +141,10 @@ def _command(kind: Any) -> str:
 
     train = kind.model_fields.get("train")
     own = changed(train.default) if train is not None else {}
-    given = [
-        shlex.quote(f"train.{n}={as_yaml(v)}") for n, v in sorted(own.items()) if n in load_recipe("quickstart").train
-    ]
-    if train is not None and kind.key in ("fedkseed", "fedmezo", "fwdllm"):  # they refuse a rate that changes
-        given.append("train.schedule.kind=constant")
+    used = load_recipe("quickstart").train
+    given = [shlex.quote(f"train.{n}={as_yaml(v)}") for n, v in sorted(own.items()) if n in used]
+    if train is not None and "lr" in own and "schedule" in used and "schedule" not in own:
+        given.append(f"train.schedule.kind={train.default.schedule.kind}")  # the recipe's belongs to the recipe's rate
     adapters, models = getattr(kind, "adapters", ()), kind.card.models
     given += [f"adapter.kind={adapters[0]}"] if adapters and "lora" not in adapters else []
     given += [] if {"any", "causal-lm"} & set(models) else [f"task.kind={models[0]}"]

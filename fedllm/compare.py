@@ -83,7 +83,11 @@ def compare(
             if key == "base":
                 found[key].append({**base_row(ground), "up": 0, "down": 0, "tokens": 0, "steps": 0, "seconds": 0.0})
                 continue
-            leg = Leg(name, method_of(seeded, key), ground, place, watch, debug)
+            method = method_of(seeded, key)
+            own, first = ground, method_of(seeded)
+            if method.public > first.public or method.adapter() != first.adapter():  # it needs a ground of its own
+                own = prepare(seeded.model_copy(update={"method": {"name": key}}), data)
+            leg = Leg(name, method, own, place, watch, debug)
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
             meter = leg.server.meter

@@ -366,11 +366,8 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     from fedllm.models.adapters.export import save_adapter
 
     if state.params:  # some methods share no weights: there is no federated model to save
-        whole = {
-            **ground.learner.initial(),
-            **legs[0].frozen,
-            **state.params,
-        }  # what clients keep is at its first values
+        # what clients keep to themselves is at its first values
+        whole = {**ground.learner.initial(), **legs[0].frozen, **state.params}
         save_adapter(folder.path / "adapter", ground.learner.adapted, whole)
     rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
     rows += [leg.row() for leg in legs if leg.state.round or leg.counts]
@@ -410,7 +407,7 @@ class Leg:
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner)
         codec = codec_of(recipe)
         if codec is not None and isinstance(method, Method):
-            self.server.opened = lambda upload: codec.decode(upload, method.expected(self.state))
+            self.server.opened = codec.decode
         start = ground.learner.initial()
         moves = {n for n in start if method.trainable(n) and n not in self.worker.left}
         self.frozen: Tensors = {n: t for n, t in start.items() if n not in moves}

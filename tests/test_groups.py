@@ -62,3 +62,13 @@ def test_groups_that_cannot_be_are_refused(changes: dict[str, Any], told: str, t
     with pytest.raises(ConfigError, match=told):
         fedllm.run(recipe(tmp_path, **changes), data=clients(), folder=tmp_path / "r")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_comparison_gives_every_method_the_adapter_it_asks_for(tmp_path: Path) -> None:
+    """FedLoRA adds a private LoRA to the layers and pFedLoRA a bridge; the others know nothing of either."""
+    keys = ["fedavg", "fedlora", "pfedlora", "local"]
+    given = recipe(tmp_path, method="fedavg")
+    table = fedllm.compare(given, keys, data=clients(), folder=tmp_path / "c")
+    assert [row["method"] for row in table.table["rows"]] == keys
+    alone = fedllm.compare(given, ["fedavg", "local"], data=clients(), folder=tmp_path / "d")
+    assert table.value("fedavg") == alone.value("fedavg") and table.value("local") == alone.value("local")

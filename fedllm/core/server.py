@@ -20,7 +20,7 @@ from fedllm.core.roster import Group, Member
 from fedllm.core.seeds import derive
 from fedllm.core.split import Body, halves
 from fedllm.core.state import State
-from fedllm.core.tensors import finite
+from fedllm.core.tensors import Tensors, finite
 from fedllm.core.wire import decode, encode, size_by_part
 
 
@@ -124,7 +124,8 @@ class Server:
     Attributes:
         lost: clients that did not answer since the last :meth:`begin`, with reasons.
         rejected: clients whose upload was refused since then, with reasons.
-        opened: undoes what a mode did to an upload of `work` (a codec); None where there is none.
+        opened: undoes what a mode did to an upload of `work` (a codec), given `expected`; None where there is none.
+        expected: what the method expects of each part in this round.
         learner: the server's own model, for protocols in which it holds a part; None where it has none.
     """
 
@@ -138,7 +139,8 @@ class Server:
     keep: Callable[[State], None] = lambda state: None
     turn: int = 0
     learner: object = None
-    opened: Callable[[Upload], Upload] | None = None
+    opened: Callable[[Upload, Mapping[str, Tensors]], Upload] | None = None
+    expected: Mapping[str, Tensors] = field(default_factory=dict)
     _open: dict[str, tuple[str, str]] = field(default_factory=dict)
     _accepted: list[str] = field(default_factory=list)
     _asked: int = 0
@@ -285,7 +287,7 @@ class Server:
             if not isinstance(message, Upload):
                 raise UploadRejected(f"Client '{reply.client}' sent a {type(message).__name__.lower()}.")
             if self.opened is not None and op == "work":
-                message = self.opened(message)
+                message = self.opened(message, self.expected)
             _validate(message, reply.client)
         except UploadRejected as fault:
             self._refuse(reply.client, str(fault))

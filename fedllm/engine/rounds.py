@@ -55,7 +55,8 @@ async def play_round(
     if number == 1:
         state = await method.prepare(server, state)
         server.settle()
-    reduction = Reduction(method.reducer, method.expected(state))
+    server.expected = method.expected(state)
+    reduction = Reduction(method.reducer, server.expected)
     more, new, cohort = CollectMore(cohort_size), None, []
     for turn in range(COLLECT_LIMIT):
         if not more.again:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,28 +46,28 @@ def probe(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
         return results
 
 
-class _Theta:
+class _Theta(ABC):
     """The tensors that are moved: `aim` chooses a direction for each client, `go` walks so far along it."""
 
+    @abstractmethod
     def using(self) -> Tensors | None:
         """What the model is to run with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def aim(self, seeds: Sequence[int]) -> None:
         """From where it stands now, look along z(seeds[k]) for client k."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go(self, to: Sequence[float]) -> None:
         """Stand at `to[k]` times the direction from where `aim` was called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shrink(self, factors: Sequence[float]) -> None:
         """Weight decay: multiply tensors of two or more dimensions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def params(self, k: int) -> Tensors:
         """Client k's tensors; none where they are the model's own."""
-        raise NotImplementedError
 
 
 class _Stacked(_Theta):

@@ -23,7 +23,7 @@ def test_offers(here):
     assert complete.runs("") == complete.runs("ru") == complete.runs("runs/") == ["runs/one", "runs/two"]
     assert complete.runs("runs/o") == ["runs/one"] and complete.runs("absent/") == []
     assert complete.methods("fedpro") == ["fedprompt", "fedprox"]
-    assert complete.method_lists("fedavg,fedprox") == ["fedavg,fedprox"] and complete.method_lists("ba") == ["base"]
+    assert complete.method_lists("fedavg,scaf") == ["fedavg,scaffold"] and complete.method_lists("ba") == ["base"]
     assert complete.sources("ro") == ["rows.jsonl"]
     assert complete.explained("rec") == ["recipe"] and "baseline" in complete.topics("base")
 

@@ -220,7 +220,7 @@ def test_protocols_have_client_functions_too() -> None:
             """One vote."""
             return Upload()
 
-    assert set(Vote.client_functions()) == {"ballot"}
+    assert set(Vote.client_functions()) == {"ballot", "evaluate"}
     assert registry.registered("protocol")["vote"] is Vote
     with pytest.raises(ValidationError):
         Vote(ballot=3)  # type: ignore[call-arg]

@@ -580,7 +580,7 @@ def test_measuring_changes_nothing() -> None:
         async def evaluate(self, client: Client, received: Received) -> Upload:
             """Overwrites its own weights."""
             upload = await super().evaluate(client, received)
-            client.private["params"] = {n: torch.zeros_like(t) for n, t in received.params.items()}
+            client.private["params"] = {n: torch.zeros_like(t) for n, t in client.initial().items()}
             return upload
 
     plain, curious = Ground(Local(train=SGD)).play(1), Ground(Curious(train=SGD)).play(1)

@@ -9,7 +9,8 @@ import pytest
 
 import fedllm
 from fedllm.core.errors import FedLLMError
-from tests.contract.conftest import clients, equal
+from fedllm.data.federation import Federation
+from tests.contract.conftest import clients, equal, public
 from tests.contract.test_resume import StopAfter
 
 
@@ -32,6 +33,15 @@ def test_fewer_bytes_and_the_same_bits_after_a_restart(kind: str, tmp_path: Path
         stop = StopAfter("federated", 2, True)
         fedllm.run(recipe(tmp_path, kind=kind), data=clients(), folder=tmp_path / "cut", watch=stop)
     assert equal(coded.state.params, fedllm.resume(tmp_path / "cut", data=clients()).state.params)
+
+
+def test_what_a_method_expects_is_that_of_the_round(tmp_path: Path) -> None:
+    """FedMD knows the shape of its logits only once it has prepared."""
+    key = "fedmd"
+    given = {**recipe(tmp_path, kind="int8", parts=["logits"]), "method": key, "model": {"name": "toy:bert"}}
+    given |= {"task": {"kind": "sequence-classification", "max_length": 64}, "rounds": 2}
+    data = Federation.of(clients(key), public=public(key))
+    assert fedllm.run(given, data=data, folder=tmp_path / "r").finished
 
 
 def test_a_part_that_does_not_exist_is_refused_before_training(tmp_path: Path) -> None:
