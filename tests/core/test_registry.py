@@ -51,7 +51,9 @@ def test_a_notebook_cell_may_run_again() -> None:
 
 
 def test_a_class_inside_the_package_is_named_by_its_file() -> None:
-    made = type("AnyName", (Method,), {"card": CARD, "__module__": "fedllm.methods.privacy.not_there_yet", "__doc__": "x"})
+    made = type(
+        "AnyName", (Method,), {"card": CARD, "__module__": "fedllm.methods.privacy.not_there_yet", "__doc__": "x"}
+    )
     assert made.key == "not-there-yet"
 
 
