@@ -12,7 +12,10 @@ from docs.capture import CAPTURES, VERDICTS
 from docs.markers import slug
 from docs.tables import LEGEND, NO, YES, code, paragraphs, table
 
-SLOTS = ("trainable", "init", "cohort", "distribute", "work", "reducer", "expected", "finalize", "evaluate")
+SLOTS = (
+    *("adapter", "trainable", "init", "prepare", "cohort", "distribute", "work", "reducer", "expected", "finalize"),
+    *("refine", "weights", "evaluate"),
+)
 """What a method may override, in the order of a round."""
 DEVIATIONS = "Deviations:"
 """How the paragraph of a module's docstring begins that tells what differs from the paper."""
@@ -148,7 +151,8 @@ def _command(kind: Any) -> str:
     adapters, models = getattr(kind, "adapters", ()), kind.card.models
     given += [f"adapter.kind={adapters[0]}"] if adapters and "lora" not in adapters else []
     given += [] if {"any", "causal-lm"} & set(models) else [f"task.kind={models[0]}"]
-    return " ".join(["fedllm run quickstart", f"method.name={kind.key}", *given])
+    needed = [f"method.{n}={as_yaml(v)}" for n, v in getattr(kind, "needs", {}).items()]
+    return " ".join(["fedllm run quickstart", f"method.name={kind.key}", *needed, *given])
 
 
 def _changed(kind: Any) -> list[str]:

@@ -365,9 +365,10 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     state = legs[0].state
     from fedllm.models.adapters.export import save_adapter
 
-    if state.params:  # some methods share no weights: there is no federated model to save
-        # what clients keep to themselves is at its first values
-        whole = {**ground.learner.initial(), **legs[0].frozen, **state.params}
+    start = ground.learner.initial()
+    moving = {name: tensor for name, tensor in start.items() if name not in legs[0].frozen}
+    if trained := legs[0].method.weights(state, moving):  # some share no model: there is nothing to save
+        whole = {**start, **trained}  # what clients keep to themselves is at its first values
         save_adapter(folder.path / "adapter", ground.learner.adapted, whole)
     rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
     rows += [leg.row() for leg in legs if leg.state.round or leg.counts]

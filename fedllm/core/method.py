@@ -115,6 +115,13 @@ class Method(BaseModel):
         """After a round is committed: training at the server, on public data (ask the pseudo-client `server`)."""
         return state
 
+    def weights(self, state: State, start: Tensors) -> Tensors:
+        """The trained tensors that `state` stands for, to be saved; {} where the clients share no model.
+
+        `start` holds the learner's first values, for methods whose state tells only how to move from there.
+        """
+        return state.params
+
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
         """What is measured at a client: counts that add up. Nothing here may change a weight or a random stream."""

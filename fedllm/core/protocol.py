@@ -39,6 +39,8 @@ class Protocol(BaseModel):
     """In what the groups of a run may differ."""
     public: ClassVar[bool] = False
     """Whether it needs public rows."""
+    needs: ClassVar[dict[str, Any]] = {}
+    """Options that a user has to give by hand, each with a value that runs; the commands in the docs give them."""
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,6 +66,10 @@ class Protocol(BaseModel):
     def distribute(self, state: State, client: Member) -> Received:
         """What this client receives to measure the state."""
         return Received(state.params)
+
+    def weights(self, state: State, start: Tensors) -> Tensors:
+        """The trained tensors that `state` stands for, to be saved; {} where there are none."""
+        return state.params
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:

@@ -12,8 +12,8 @@ the ends (E, O) are averaged. In the sequential mode one client after the other 
 
 Who knows the embedding table, and this server averages it, reads the text off the activations by looking for the
 nearest entry: all of it behind bare embeddings, and all of it behind one client layer too, as measured by
-fedllm/effects/fedbert.py. Noise makes it harder, not impossible. Not sending ids is no protection of the text; bare
-embeddings without noise must even be asked for with `accept_leak`.
+fedllm/effects/fedbert.py. Noise makes it harder, not impossible. Not sending ids is no protection of the text, so that
+consent has to be given by hand, with `accept_leak`, whatever the other settings are.
 
 Deviations: the paper's own setting is client_layers=0 without noise; here one layer stays at the client unless told
 otherwise. Dropout is off. Gradients are clipped, where asked for, on each side by its own norm. The step list follows
@@ -63,6 +63,7 @@ class FedBERT(Protocol):
     )
     private = ("moments",)
     adapters = ("full", "lora", "ia3", "bottleneck", "bitfit")
+    needs = {"accept_leak": True}
 
     train: Train = Train(  # pyright: ignore[reportCallIssue]
         steps=10,
@@ -82,7 +83,7 @@ class FedBERT(Protocol):
     noise: float = Field(0.0, ge=0)
     """Standard deviation of Gaussian noise on the activations; not a formal privacy, and at 1 most tokens are read."""
     accept_leak: bool = False
-    """Needed for client_layers=0 without noise, where the text is simply open to the server."""
+    """Must be true: with any client_layers and noise the server can read (most of) the text if it tries."""
     deadline: float | None = Field(None, gt=0)
     """Seconds the server waits for each message; a later client is given up and its open batch does not count."""
 
@@ -92,13 +93,13 @@ class FedBERT(Protocol):
             raise ConfigError(
                 f"train.accumulate={self.train.accumulate} is given.", "Split learning steps on every batch.", "1"
             )
-        if self.client_layers == 0 and self.noise == 0 and not self.accept_leak:
+        if not self.accept_leak:
             raise ConfigError(
-                "With client_layers=0 and noise=0 the server can read every token off the activations.",
-                "Allowed: accept_leak=true, noise above 0, or client_layers of 1 or more; neither of the latter hides "
-                "the text from a server that tries.",
-                action="Set method.accept_leak=true where the server may read the text, and do not use FedBERT where "
-                "it may not.",
+                "accept_leak is false, and FedBERT lets the server read the clients' text off their activations.",
+                "Allowed: true. All tokens were read behind bare embeddings and behind one client layer, most of them "
+                "through noise of standard deviation 1.",
+                action="Set method.accept_leak=true where the server may read the text; else use fedit, which sends "
+                "no activations.",
             )
         return self
 

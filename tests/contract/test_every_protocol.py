@@ -23,7 +23,7 @@ every_protocol = pytest.mark.parametrize("key", KEYS)
 
 def recipe(key: str, **changes: Any) -> dict[str, Any]:
     task = task_of(key)
-    options = dict(getattr(protocols()[key], "smallest", {}))
+    options = {**protocols()[key].needs, **getattr(protocols()[key], "smallest", {})}
     train = {"train": {"steps": 2, "batch_size": 2}} if "train" in protocols()[key].model_fields else {}
     return {
         "name": "p", "rounds": 3, "method": {"name": key, **options}, **train,

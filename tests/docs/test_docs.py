@@ -114,7 +114,8 @@ def test_the_matrix_agrees_with_what_a_run_refuses(site: Path) -> None:
             given = [] if "any" in works or where == "task.kind" else [f"task.kind={works[0]}"]
             if where == "task.kind" and algorithm(key).adapters:
                 given = [f"adapter.kind={algorithm(key).adapters[0]}"]
-            recipe = load_recipe({"method": key}, [*given, f"{where}={column}"])
+            needs = getattr(algorithm(key), "needs", {})
+            recipe = load_recipe({"method": {"name": key, **needs}}, [*given, f"{where}={column}"])
             try:
                 method_of(recipe)
             except ConfigError:

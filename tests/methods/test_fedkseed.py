@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 
+import fedllm
 from fedllm.blocks.zeroth import chances, pool, replay
 from fedllm.core.errors import ConfigError
 from fedllm.core.message import Upload
@@ -17,6 +19,9 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.engine.client import TurnClient
 from fedllm.methods.communication.fedkseed import FedKSeed
+from fedllm.models.adapters.export import load_adapter
+from fedllm.recipe import load_recipe
+from fedllm.run import build_learner
 
 TRAIN = Train(steps=6, batch_size=2, lr=0.01, optimizer="sgd", clip_norm=None)
 START = {"w": torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).double()}
@@ -189,3 +194,23 @@ def test_sizes_that_are_no_sizes(options: dict[str, Any]) -> None:
 def test_defaults_are_the_papers() -> None:
     plain, pro = FedKSeed(), FedKSeed(pro=True)
     assert (plain.size, pro.size, plain.train.steps, plain.train.lr, plain.eps) == (4096, 1024, 200, 3e-7, 5e-4)
+
+
+def test_a_run_saves_the_model_that_the_seeds_stand_for(tmp_path: Path) -> None:
+    """The saved tensors, measured once more, score what the last evaluation measured by replaying at the client."""
+    rows = [{"instruction": f"say {n}", "response": str(n)} for n in range(6)]
+    recipe = load_recipe({
+        "method": {"name": "fedkseed", "pool_size": 16}, "model": {"name": "toy:llama", "device": "cpu"},
+        "adapter": {"kind": "full"}, "task": {"kind": "causal-lm", "max_length": 64, "template": "plain"},
+        "train": {"steps": 2, "batch_size": 2, "lr": 1e-3}, "rounds": 2, "evaluation": {"against": []},
+    })  # fmt: skip
+    found = fedllm.run(recipe, data={"a": {"train": rows, "eval": rows}}, folder=tmp_path / "run")
+    _, saved = load_adapter(tmp_path / "run/adapter")
+    learner = build_learner(recipe, None, {})
+    losses = []
+    for tree in (saved, learner.initial()):
+        with torch.no_grad(), learner.using({n: t.unsqueeze(0) for n, t in tree.items()}):
+            counts = learner.counts_by_row([learner.prepare(rows)])
+        losses.append(sum(c["loss"] for c in counts) / sum(c["tokens"] for c in counts))
+    assert losses[0] == pytest.approx(found.value(metric="loss"), abs=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3  # it moved at all

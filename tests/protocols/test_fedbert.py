@@ -277,11 +277,11 @@ def test_the_client_holds_the_ends_alone() -> None:
 
 
 def test_noise_is_added_to_what_leaves_and_to_nothing_else() -> None:
-    plain, noisy = Ground(1, 1).play(), Ground(1, 1, noise=0.5, accept_leak=False).play()
+    plain, noisy = Ground(1, 1).play(), Ground(1, 1, noise=0.5).play()
     first = [decode(g.engine.replies[0].body)["activations"]["hidden"] for g in (plain, noisy)]
     spread = (first[1] - first[0]).flatten()
     assert abs(float(spread.std()) - 0.5) < 0.02 and abs(float(spread.mean())) < 0.02
-    again = Ground(1, 1, noise=0.5, accept_leak=False).play()
+    again = Ground(1, 1, noise=0.5).play()
     assert same(noisy.state.params, again.state.params)
 
 
@@ -515,11 +515,12 @@ def test_moments_stay_private() -> None:
                 assert not any(t.shape == tensor.shape and torch.equal(t, tensor) for t in kept)
 
 
-def test_bare_embeddings_without_noise_must_be_asked_for() -> None:
-    with pytest.raises(ConfigError, match=r"can read every token.*accept_leak=true"):
-        read(FedBERT, {"client_layers": 0}, "method")
-    for options in ({}, {"client_layers": 0, "noise": 0.1}, {"client_layers": 0, "accept_leak": True}):
-        read(FedBERT, options, "method")
+def test_the_leak_must_be_accepted_whatever_the_other_settings_are() -> None:
+    """One client layer leaks every token, noise of 1 most (the test of the leak below): neither is a way round."""
+    for options in ({}, {"client_layers": 0}, {"client_layers": 1}, {"client_layers": 0, "noise": 1.0}):
+        with pytest.raises(ConfigError, match=r"read the clients' text.*accept_leak=true"):
+            read(FedBERT, options, "method")
+        read(FedBERT, {**options, "accept_leak": True}, "method")
 
 
 @pytest.mark.parametrize(
@@ -588,7 +589,7 @@ def test_the_server_of_a_real_run_reads_everything_also_behind_a_layer() -> None
 
 def test_a_recipe_plays_it_and_measures_it(tmp_path: Any) -> None:
     recipe = {
-        "method": {"name": "fedbert"},
+        "method": {"name": "fedbert", "accept_leak": True},
         "model": {"name": "toy:bert", "device": "cpu"},
         "adapter": {"kind": "full"},
         "task": {"kind": "masked-lm", "max_length": 24},

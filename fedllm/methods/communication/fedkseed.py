@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from pydantic import Field, model_validator
 
-from fedllm.blocks.zeroth import SEED_LIMIT, Kept, Weighed, by_seed, chances, pairs, plain_steps, pool, pooled
+from fedllm.blocks.zeroth import SEED_LIMIT, Kept, Weighed, by_seed, chances, pairs, plain_steps, pool, pooled, replay
 from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
@@ -127,6 +127,12 @@ class FedKSeed(Method):
             scores = update["scores"] if self.pro else {}
             change = {"sums": update["update"]["sums"], **{n: t * update.clients for n, t in scores.items()}}
         return state.with_(pool={n: t + change[n] for n, t in state.memory["pool"].items()})
+
+    def weights(self, state: State, start: Tensors) -> Tensors:
+        """w0 moved along all directions by A: what (w0, A) stand for, as every client rebuilds it."""
+        seeds, sums = pool(state.numbers["master"], self.size), state.memory["pool"]["sums"].float()
+        masters = {name: tensor.float() for name, tensor in start.items()}
+        return {n: t.to(start[n].dtype) for n, t in replay(masters, seeds, sums, -self.train.lr).items()}
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
