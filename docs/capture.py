@@ -2,7 +2,8 @@
 
 Each capture runs in a temporary folder and writes docs/output/NAME.md (and NAME.json where a program reads it), with
 the command and the versions it was made with; then the marked places of the pages are filled. Without a name it lists
-what there is.
+what there is. `--folder DIR NAME` works in DIR and keeps it: a recipe's run that is finished there is read, one that
+was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -179,14 +181,25 @@ def random_start(capture: Capture, folder: Path) -> dict[str, str]:
     }
 
 
+def finished(command: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the result of a recipe's run in `folder`, made now where it is not there."""
+    run = folder / "run"
+    if not (run / "result.json").exists():
+        begun = (run / "recipe.yaml").exists()
+        ran(
+            f"fedllm resume {run}" if begun else command,
+            ROOT,
+            ["--quiet"] if begun else ["--folder", str(run), "--quiet"],
+        )
+    return run, json.loads((run / "result.json").read_text(encoding="utf-8"))
+
+
 def recipe_run(capture: Capture, folder: Path) -> dict[str, str]:
     """A recipe of benchmarks/recipes: its result table, what it means, and every client where they are few."""
     from fedllm.report.table import result_table
 
     name, (command,) = name_of(capture), capture.commands
-    run = folder / "run"
-    ran(command, ROOT, ["--folder", str(run), "--quiet"])
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    run, result = finished(command, folder)
     few = by_client(result) if len(result["clients"]) <= 12 else ""
     shown = result_table(result)
     caption = f"{shown.caption}." if shown.caption else ""
@@ -205,11 +218,66 @@ def comparison(capture: Capture, folder: Path) -> dict[str, str]:
     """A comparison: the table that fedllm itself writes."""
     name, (command,) = name_of(capture), capture.commands
     run = folder / "compare"
-    ran(command, ROOT, ["--folder", str(run), "--quiet"])
+    if not (run / "compare.md").exists():
+        ran(command, ROOT, ["--folder", str(run), "--quiet"])
     table = json.loads((run / "compare.json").read_text(encoding="utf-8"))
     caption = f"{table['rounds']} rounds, seeds {', '.join(map(str, table['seeds']))}; mean ± standard deviation."
     text = (run / "compare.md").read_text(encoding="utf-8")
     return {f"{name}.md": page(text, caption, made_by(capture.commands, name, device_of(run)))}
+
+
+def pretraining(capture: Capture, folder: Path) -> dict[str, str]:
+    """Training from nothing: perplexity of each model, and the bytes against data-parallel training."""
+    from fedllm.recipe import load_recipe
+    from fedllm.report.table import result_table
+    from fedllm.report.words import bytes_text
+
+    *before, command = capture.commands
+    for one in before:
+        place = Path(shlex.split(one)[-1])
+        if not (ROOT / place).exists():
+            subprocess.run([sys.executable, *shlex.split(one)[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run, result = finished(command, folder)
+    train = load_recipe(run / "recipe.yaml").train
+    steps, clients, sent = train["steps"], len(result["clients"]), result["bytes"]
+    weights = (run / "adapter" / "adapter_model.safetensors").stat().st_size
+    parallel = result["rounds"] * steps * clients * weights
+    shown = result_table(result)
+    told = (
+        f"Federated: {bytes_text(sent['up'])} up and {bytes_text(sent['down'])} down over "
+        f"{result['rounds']} rounds of {steps} steps. "
+        f"Data-parallel training over the same {clients} holders would send the gradient of every step, "
+        f"{bytes_text(parallel)} up: {parallel / sent['up']:.1f} times as much. Training on pooled text takes the same "
+        f"number of tokens in {clients} times as many steps."
+    )
+    return {
+        f"{name_of(capture)}.md": page(
+            markdown(shown), told, made_by(capture.commands, name_of(capture), device_of(run))
+        )
+    }
+
+
+def frontier(capture: Capture, folder: Path) -> dict[str, str]:
+    """Profit: the table, and the picture of global against personal score."""
+    name, (command,) = name_of(capture), capture.commands
+    run = folder / "profit"
+    if not (run / "profit.svg").exists():
+        ran(command, ROOT, ["--folder", str(run), "--quiet"])
+    table = (run / "profit.md").read_text(encoding="utf-8")
+    picture = f"![Global against personal score along the local steps](output/{name}.svg)"
+    return {
+        f"{name}.md": page(table, picture, made_by(capture.commands, name, device_of(run))),
+        f"{name}.svg": (run / "profit.svg").read_text(encoding="utf-8"),
+    }
+
+
+def program(capture: Capture, folder: Path) -> dict[str, str]:
+    """What a program of benchmarks prints: a table."""
+    (command,) = capture.commands
+    found = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return {f"{name_of(capture)}.md": page(found.stdout, made_by(capture.commands, name_of(capture)))}
 
 
 def verified(capture: Capture, folder: Path) -> dict[str, str]:
@@ -231,6 +299,7 @@ VERDICTS = {True: "shown", False: "**not shown**", None: "measured, not asserted
 AG_NEWS = (
     "fedllm compare benchmarks/recipes/ag-news.yaml data.partition.alpha={} --methods base," + SEVEN + " --seeds 3"
 )
+RANKS = "ffa-lora,hetlora,flexlora,slora,fedit,central"
 TRIO = ("fedit", "local", "central")
 CAPTURES: dict[str, Capture] = {
     "quickstart": Capture(
@@ -265,6 +334,36 @@ CAPTURES: dict[str, Capture] = {
         recipe_run,
         ("fedavg", "local", "central"),
     ),
+    "t0-ranks": Capture(
+        "Mixed ranks on instruction tasks",
+        (f"fedllm compare benchmarks/recipes/t0-ranks.yaml --methods {RANKS} --seeds 3",),
+        comparison,
+        tuple(RANKS.split(",")),
+    ),
+    "photon-shakespeare": Capture(
+        "From nothing, over eight speaking roles",
+        (
+            "python -m benchmarks.shakespeare ../shared/data/tinyshakespeare.txt shakespeare.jsonl",
+            "fedllm run benchmarks/recipes/photon-shakespeare.yaml",
+        ),
+        pretraining,
+        ("photon",),
+    ),
+    "photon-t0": Capture(
+        "From nothing, over eight holders of task text",
+        ("fedllm run benchmarks/recipes/photon-t0.yaml",),
+        pretraining,
+        ("photon",),
+    ),
+    "profit-ag-news": Capture(
+        "Personalisation against robustness",
+        ("fedllm profit benchmarks/recipes/profit-ag-news.yaml --lr 0.01,0.1,1 --steps 0,2,4,8,16",),
+        frontier,
+        ("profit",),
+    ),
+    "zeroth-memory": Capture(
+        "Memory without back-propagation", ("python -m benchmarks.zeroth_memory",), program, ("fedkseed",)
+    ),
 }  # fmt: skip
 
 
@@ -273,10 +372,11 @@ def name_of(capture: Capture) -> str:
     return next(name for name, one in CAPTURES.items() if one is capture)
 
 
-def capture(name: str, output: Path = OUTPUT) -> list[Path]:
-    """Run one capture and write its files; returns them."""
+def capture(name: str, output: Path = OUTPUT, folder: Path | None = None) -> list[Path]:
+    """Run one capture, in `folder` or a temporary one, and write its files; returns them."""
     chosen = CAPTURES[name]
-    with tempfile.TemporaryDirectory(prefix="fedllm-docs-") as place:
+    working = tempfile.TemporaryDirectory(prefix="fedllm-docs-") if folder is None else nullcontext(str(folder))
+    with working as place:
         files = chosen.write(chosen, Path(place))
         written = []
         for file, text in files.items():
@@ -290,13 +390,16 @@ def capture(name: str, output: Path = OUTPUT) -> list[Path]:
 
 def main(given: Sequence[str]) -> None:
     """Run the captures named, then fill the pages."""
+    folder = None
+    if len(given) == 3 and given[0] == "--folder":
+        folder, given = Path(given[1]).resolve(), given[2:]
     unknown = [name for name in given if name not in CAPTURES]
     if unknown or not given:
         first = f"There is no capture '{unknown[0]}'.\n" if unknown else ""
         listed = "\n".join(f"  {name:14} {'; '.join(one.commands)}" for name, one in CAPTURES.items())
-        raise SystemExit(f"{first}Usage: python -m docs.capture NAME ...\n{listed}")
+        raise SystemExit(f"{first}Usage: python -m docs.capture [--folder DIR] NAME ...\n{listed}")
     for name in given:
-        for file in capture(name):
+        for file in capture(name, folder=folder):
             sys.stdout.write(f"Wrote {file.relative_to(ROOT)}\n")
     for changed in refresh():
         sys.stdout.write(f"Filled {changed.relative_to(ROOT)}\n")
