@@ -15,7 +15,7 @@ import torch
 
 from fedllm.core.errors import ConfigError, UploadRejected, nearest
 from fedllm.core.message import Dense, Message, Owned, Part, Scalars, SeedCoefficients, Table, Upload
-from fedllm.core.tensors import Tensors, same_names, same_shapes
+from fedllm.core.tensors import Tensors, same_names, same_shapes, size_in_bytes
 from fedllm.core.view import Region, View
 
 
@@ -45,6 +45,12 @@ class Reducer:
 
 
 Weighting = Literal["examples", "uniform"]
+WAITING = 8
+"""Uploads that a mean lets wait before it adds them: its sums are read and written once for all of them."""
+WAITING_BYTES = 512 * 2**20
+"""Bytes of uploads that may wait: a larger upload is added when it comes."""
+STRETCH = 32_768
+"""Entries that are added at a time: as many float64 sums as fit into a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class _RunningMean(Running):
         self.sums: Tensors | None = None
         self.dtypes: dict[str, torch.dtype] = {}
         self.kind: type[Part] = Dense
+        self.waiting: list[tuple[Tensors, float]] = []
+        self.held = 0
 
     def check(self, part: Part, client: str) -> None:
         """See :class:`Running`."""
@@ -113,11 +121,27 @@ class _RunningMean(Running):
             self.kind = type(part)
             self.sums = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
         for name, tensor in tensors.items():
-            self.sums[name].add_(tensor, alpha=share)
             self.dtypes[name] = torch.promote_types(self.dtypes.get(name, torch.float32), tensor.dtype)
         self.total += share
+        self.waiting.append((tensors, share))
+        self.held += size_in_bytes(tensors)
+        if len(self.waiting) == WAITING or self.held > WAITING_BYTES:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Add the waiting uploads, in the order they came, stretch by stretch: the sums stay in the cache meanwhile."""
+        for name, total in (self.sums or {}).items():
+            whole = total.view(-1)
+            flat = [(tensors[name].reshape(-1), share) for tensors, share in self.waiting]
+            for start in range(0, len(whole), STRETCH):
+                piece = whole[start : start + STRETCH]
+                for tensor, share in flat:
+                    piece.add_(tensor[start : start + STRETCH], alpha=share)
+        self.waiting.clear()
+        self.held = 0
 
     def result(self) -> Part | None:
+        self._add_up()
         if self.sums is None or self.total <= 0:
             return None
         if self.kind is Table:  # rows and counts are sums themselves: no division

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.core import reducer
 from fedllm.core.errors import ConfigError, UploadRejected
 from fedllm.core.message import Dense, Message, Owned, Part, Scalars, SeedCoefficients, Table, Texts, Upload
-from fedllm.core.reducer import Collect, Mean, OwnedMean, OwnedSum, Reducer, Reduction
+from fedllm.core.reducer import STRETCH, WAITING, Collect, Mean, OwnedMean, OwnedSum, Reducer, Reduction
 from fedllm.core.tensors import Tensors
 from fedllm.core.view import View
 from fedllm.core.wire import decode, encode
@@ -465,8 +466,12 @@ def test_texts_have_no_mean() -> None:
         Reduction(Mean()).add("a", Upload(Texts(("x",))))
 
 
-def test_a_thousand_uploads_do_not_lie_in_memory() -> None:
-    """Every upload is freed as soon as the next comes, and the running sums are all that is held."""
+@pytest.mark.parametrize(("most_bytes", "alive_at_most"), [(512 * 2**20, WAITING + 1), (1, 2)])
+def test_a_thousand_uploads_do_not_lie_in_memory(
+    most_bytes: int, alive_at_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few small uploads wait for each other, a large one is freed as soon as the next comes; nothing else is held."""
+    monkeypatch.setattr(reducer, "WAITING_BYTES", most_bytes)
     reduction = Reduction(Mean(), {"update": {"w": torch.zeros(10_000)}})
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
@@ -475,11 +480,28 @@ def test_a_thousand_uploads_do_not_lie_in_memory() -> None:
         alive.append(weakref.ref(tensor))
         reduction.add(f"c{number}", Upload({"w": tensor}, 1.0))
         del tensor
-        most = max(most, sum(ref() is not None for ref in alive[-5:]))
-    gc.collect()
-    assert most <= 2
-    assert not any(ref() is not None for ref in alive)
+        most = max(most, sum(ref() is not None for ref in alive[-20:]))
     assert reduction.result(1000).params["w"][0].item() == 499.5
+    gc.collect()
+    assert most <= alive_at_most
+    assert not any(ref() is not None for ref in alive)
+
+
+@pytest.mark.parametrize("count", [1, WAITING - 1, WAITING, WAITING + 1, 3 * WAITING])
+def test_waiting_changes_no_bit(count: int) -> None:
+    """The sums are those of adding one after the other, whatever waits and however long a stretch is."""
+    draw = torch.Generator().manual_seed(count)
+    sent = [{"w": torch.randn(3, STRETCH // 2 + 7, generator=draw).t(), "b": torch.randn((), generator=draw)}
+            for _ in range(count)]  # fmt: skip
+    reduction = Reduction(Mean())
+    for number, tree in enumerate(sent):
+        reduction.add(f"c{number}", Upload(tree, 1.0 + number))
+    found = reduction.result(count).params
+    for name in ("w", "b"):
+        total = torch.zeros(sent[0][name].shape, dtype=torch.float64)
+        for number, tree in enumerate(sent):
+            total.add_(tree[name], alpha=1.0 + number)
+        assert torch.equal(found[name], (total / sum(1.0 + n for n in range(count))).float())
 
 
 def test_the_same_with_owners() -> None:

@@ -34,7 +34,7 @@ from fedllm.core.message import (
 )
 from fedllm.core.reducer import OwnedSum, Update
 from fedllm.core.view import View
-from fedllm.core.wire import DTYPES, HEADER_LIMIT, VERSION, decode, encode, size_by_part
+from fedllm.core.wire import DTYPES, HEADER_LIMIT, VERSION, _file, decode, encode, size_by_part
 
 DTYPE_LIST = sorted(DTYPES, key=str)
 
@@ -237,6 +237,19 @@ def test_sizes_by_part_are_exact() -> None:
     assert sizes["control"] == 10
     assert "words" not in sizes, "texts have no tensors: they travel in the header"
     assert sum(sizes.values()) == len(data)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_file_is_what_the_library_would_write(seed: int) -> None:
+    """Byte for byte, for every number type, odd names and empty tensors."""
+    draw, odd = random.Random(seed), ["a", "b.", "é", '"', "\\x", "\n", "\x7f", "\u2028", "\U0001f600"]
+    tensors = {}
+    for _ in range(draw.randint(0, 12)):
+        shape = [draw.randint(0, 4) for _ in range(draw.randint(0, 3))]
+        made = (torch.randn(shape) * 50).to(draw.choice(DTYPE_LIST))
+        tensors[draw.choice(odd) + str(draw.randint(0, 30))] = made
+    facts = {"fedllm": json.dumps({"x": draw.choice(odd)})}
+    assert _file(tensors, facts) == safetensors.torch.save(tensors, facts)
 
 
 def test_the_bytes_are_a_safetensors_file(tmp_path: Path) -> None:
