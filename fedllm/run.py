@@ -404,7 +404,7 @@ class Leg:
         recipe = ground.recipe
         private = folder.private(name) if folder else None
         self.worker = ground.worker(method, private, debug)
-        engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width.clients)
+        engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner)
         codec = codec_of(recipe)
         if codec is not None and isinstance(method, Method):
@@ -590,7 +590,7 @@ def base_row(ground: Ground) -> dict[str, Any]:
     """The base model, measured at the same clients."""
     method = method_of(ground.recipe, "fedavg")
     worker = ground.worker(method)
-    server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width.clients), ground.recipe.seed)
+    server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width), ground.recipe.seed)
 
     async def ask() -> dict[str, dict[str, float]]:
         payloads = ((client, Received()) for client in ground.measured)

@@ -388,6 +388,8 @@ class Example:
 
 Groups = Sequence[Sequence[Example]]
 """Examples by client, in the order of the stacked parameters."""
+Places = Sequence[Sequence[int]] | None
+"""By client the place of each row in the client's own batch; None: 0, 1, 2, ..."""
 
 
 class Learner(Protocol):
@@ -415,8 +417,11 @@ class Learner(Protocol):
         """Tokenise rows; a row without a usable label is left out (and counted by the learner's notes)."""
         ...
 
-    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> Any:
-        """A context in which the model runs with `params`; `seeds` (one per client) switch dropout on."""
+    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None, places: Places = None) -> Any:
+        """A context in which the model runs with `params`; `seeds` (one per client) switch dropout on.
+
+        What dropout leaves out is a function of the seed and the place of a row in its client's batch.
+        """
         ...
 
     def losses(self, groups: Groups) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.message import Received, Upload
-from fedllm.core.work import Exchange, FitReport, Learner, Request
+from fedllm.core.work import Exchange, Fit, FitReport, Learner, Request
 from fedllm.engine.together import Job, alike, run_together
 
 
@@ -38,8 +38,14 @@ Outcome = Upload | Exchange | BaseException
 """What a turn came to: its upload, an upload in the middle of a conversation, or an error."""
 
 
-def drive(turns: list[Turn], learner: Learner) -> Iterator[tuple[Turn, Outcome]]:
-    """Run all turns to their end, or to where they wait for the server; yields each with what it came to."""
+def drive(turns: list[Turn], learner: Learner, width: int | None = None) -> Iterator[tuple[Turn, Outcome]]:
+    """Run all turns to their end, or to where they wait for the server; yields each with what it came to.
+
+    Args:
+        turns: the clients' turns.
+        learner: the model of those that have none of their own.
+        width: how many clients may share a pass that measures or probes; a fit cuts its own passes.
+    """
     waiting: list[tuple[Turn, Job]] = []
     paused: set[int] = set()
     try:
@@ -49,8 +55,8 @@ def drive(turns: list[Turn], learner: Learner) -> Iterator[tuple[Turn, Outcome]]
             first = waiting[0]
             key, model = alike(first[1]), first[0].learner or learner
             group = [(t, job) for t, job in waiting if (t.learner or learner) is model and alike(job) == key]
-            if model.width_limit is not None:
-                group = group[: model.width_limit]
+            limits = [model.width_limit, None if isinstance(first[1].request, Fit) else width]
+            group = group[: min((limit for limit in limits if limit is not None), default=len(group))]
             taken = {id(turn) for turn, _ in group}
             waiting = [pair for pair in waiting if id(pair[0]) not in taken]
             for (turn, _), result in zip(group, _run(model, [job for _, job in group]), strict=True):

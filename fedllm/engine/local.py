@@ -29,6 +29,7 @@ from fedllm.engine.client import TurnClient
 from fedllm.engine.driver import Turn, drive
 from fedllm.engine.private import PrivateStore
 from fedllm.engine.together import Job, bound_names, no_data
+from fedllm.engine.width import Width
 
 PUBLIC = "public"
 """The split that is the same for every client: rows that anybody may read."""
@@ -65,6 +66,9 @@ class LocalWorker:
         learners: models of groups that have one of their own, by the group's name.
         left: trainable tensors of the learner that this algorithm does not know; they stay at their first values.
         coder: codes the uploads of `work`; None leaves them as they are.
+
+    Attributes:
+        width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class LocalWorker:
         self.learner, self.algorithm, self.rows, self.seed = learner, algorithm, rows, seed
         self.debug, self.roster, self.learners, self.left = debug, roster or {}, learners or {}, frozenset(left)
         self.functions = algorithm.client_functions()
-        self.coder = coder
+        self.coder, self.width = coder, Width(1, "nobody asked for more")
         kept = () if coder is None else (coder.memory_name,)
         self.private = PrivateStore((*algorithm.private, *kept), private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
@@ -102,7 +106,7 @@ class LocalWorker:
                 if self.debug:
                     raise
                 yield Reply(request.id, request.client, None, _reason(fault))
-        for turn, outcome in drive(turns, self.learner):
+        for turn, outcome in drive(turns, self.learner, self.width.clients):
             yield self._reply(turn, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
 
     def group(self, client: str) -> Group:
@@ -196,7 +200,7 @@ class LocalWorker:
 
         def job(work: Work) -> Job:
             place = name, self.seed, client.round, request.rounds
-            return Job(work, *place, self._reader(name), self._others(learner, bound_names(work)))
+            return Job(work, *place, self._reader(name), self._others(learner, bound_names(work)), self.width.passes)
 
         return Turn(name, play(), job, request.id, request.op, learner=learner, client_view=client)
 
@@ -257,11 +261,13 @@ class LocalEngine:
     Args:
         worker: answers the requests.
         client_ids: the registered clients.
-        width: how many clients share a pass.
+        width: how clients share passes; a number is that many in every pass.
     """
 
-    def __init__(self, worker: LocalWorker, client_ids: Sequence[str], width: int = 1) -> None:
-        self.worker, self._ids, self.width = worker, sorted(client_ids), width
+    def __init__(self, worker: LocalWorker, client_ids: Sequence[str], width: int | Width = 1) -> None:
+        self.worker, self._ids = worker, sorted(client_ids)
+        self.width = width if isinstance(width, Width) else Width(width, "as asked")
+        worker.width = self.width
 
     @property
     def client_ids(self) -> Sequence[str]:
@@ -269,9 +275,10 @@ class LocalEngine:
         return self._ids
 
     async def ask(self, requests: Iterable[Request], deadline: float | None) -> AsyncGenerator[Reply, None]:
-        """See :class:`fedllm.core.server.Engine`. Clients that share a pass are answered together."""
+        """See :class:`fedllm.core.server.Engine`. Clients that are stacked are answered together."""
         begun, waiting = time.monotonic(), iter(requests)
-        while chunk := list(itertools.islice(waiting, self.width)):
+        together = self.width.stack if deadline is None else self.width.clients  # who is late is seen in between
+        while chunk := list(itertools.islice(waiting, together)):
             if _late(begun, deadline):
                 for request in chunk:
                     self.worker.close([request.session] if request.session else [])

@@ -35,6 +35,7 @@ from fedllm.core.work import (
     Score,
     ScoreReport,
 )
+from fedllm.engine.passes import USUAL, Part, Passes
 
 SCORE_ROWS = 32
 """Rows of a forward pass that only measures, over all clients."""
@@ -54,6 +55,7 @@ class Job:
         rounds: rounds of the run.
         examples: reads the prepared examples of a split.
         frozen: first values of the learner's trainable tensors that the request does not name.
+        passes: how the rows of a step are cut into passes.
     """
 
     request: Request
@@ -63,6 +65,7 @@ class Job:
     rounds: int
     examples: Callable[[str], list[Example]]
     frozen: Tensors
+    passes: Passes = USUAL
 
 
 Result = (
@@ -234,21 +237,31 @@ class _Fit:
             given = {n: self._rows(tree) for n, tree in given.items()}
             fixed, terms = self._rows(fixed), [(weight, self._rows(tree)) for weight, tree in terms]
         total, grads = torch.zeros(width, device=self.learner.device), [torch.zeros_like(leaf) for leaf in leaves]
-        bound = {**fixed, **self.stack}
         for turn, groups in enumerate(window):
             seeds = [derive(job.seed, "dropout", job.client, job.round, step, turn) for job in jobs]
-            for number, (weight, tree) in enumerate(terms):
-                with torch.enable_grad(), self.learner.using({**bound, **tree}, seeds):
-                    sums = _losses(self.learner, request.loss, groups)
-                    sums = sums if request.terms is None else sums * weight
-                    objective = (sums * scale).sum()
-                    if request.penalty is not None and turn == number == 0:
-                        objective = objective + _each(request.penalty, self.stack, given).sum()
-                    found = torch.autograd.grad(objective, leaves, allow_unused=True)
+            for parts in self.jobs[0].passes.plan([[e.tokens for e in group] for group in groups]):
+                parts = _merged(parts)
+                chosen = [[groups[part.client][row] for row in part.rows] for part in parts]
+                owners = [part.client for part in parts]
+                own = {n: t.requires_grad_() for n, t in _taken(self.stack, owners).items()}
+                drawn = [seeds[k] for k in owners], [part.rows for part in parts]
+                for weight, tree in terms:
+                    bound = {**_taken(fixed, owners), **own, **_taken(tree, owners)}
+                    with torch.enable_grad(), self.learner.using(bound, *drawn):
+                        sums = _losses(self.learner, request.loss, chosen)
+                        sums = sums if request.terms is None else sums * weight
+                        objective = (sums * scale[owners]).sum()
+                        found = torch.autograd.grad(objective, list(own.values()), allow_unused=True)
                     for held, grad in zip(grads, found, strict=True):
                         if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]  (an unused leaf)
-                            held.add_(grad)
-                    total += sums.detach()
+                            _add_rows(held, owners, grad)
+                    _add_rows(total, owners, sums.detach())
+        if request.penalty is not None:
+            with torch.enable_grad():
+                extra = _each(request.penalty, self.stack, given).sum()
+                for held, grad in zip(grads, torch.autograd.grad(extra, leaves, allow_unused=True), strict=True):
+                    if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                        held.add_(grad)
         result = dict(zip(self.stack, grads, strict=True))
         if request.correction is not None:
             with torch.no_grad():
@@ -290,6 +303,35 @@ class _Spent:
         self.targets += sum(e.targets for e in seen)
         self.examples += len(seen)
         self.tokens += sum(e.tokens for e in seen)
+
+
+def _merged(parts: Sequence[Part]) -> Sequence[Part]:
+    """Parts of one client alone are one part: it shares the pass with nobody."""
+    if len({part.client for part in parts}) > 1:
+        return parts
+    return [Part(parts[0].client, tuple(sorted(row for part in parts for row in part.rows)))]
+
+
+def _taken(tree: Tensors, owners: Sequence[int]) -> Tensors:
+    """The rows `owners` of stacked tensors, detached; no copy where those are all rows, or all are the same."""
+    found = {}
+    for name, tensor in tree.items():
+        if list(owners) == list(range(len(tensor))):
+            found[name] = tensor.detach()
+        elif tensor.stride(0) == 0:
+            found[name] = tensor.detach()[:1].expand(len(owners), *tensor.shape[1:])
+        else:
+            found[name] = tensor.detach()[list(owners)]
+    return found
+
+
+def _add_rows(total: torch.Tensor, owners: Sequence[int], rows: torch.Tensor) -> None:
+    """total[owners[i]] += rows[i], in this order: the same bits on every device."""
+    if list(owners) == list(range(len(total))):
+        total.add_(rows)
+        return
+    for owner, row in zip(owners, rows, strict=True):
+        total[owner].add_(row)
 
 
 def _held(learner: Learner, job: Job, request: Fit | Gradient | Score) -> list[Example]:

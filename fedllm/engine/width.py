@@ -1,33 +1,71 @@
 """Width - how many clients share a pass, and why.
 
-Sharing pays where one client's own step leaves the hardware idle: short steps on a CPU, most steps on a GPU. On a CPU
-a pass of about two thousand tokens is as fast as it gets; on a GPU far more fit.
+Sharing pays where one client's own step leaves the hardware idle: short steps on a CPU, most steps on a GPU. How far it
+pays depends on the model, the texts and the machine, so "auto" tries: passes of 1, 2, 4, ... clients are timed until a
+wider one gains nothing or memory is short. What was found is kept in the user's cache folder, so that the next run of
+the same kind on this machine cuts its passes alike and gives the same bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from fedllm.core.tensors import Tensors, size_in_bytes
 from fedllm.core.train import Train
-from fedllm.core.work import Learner, Rows
+from fedllm.core.work import Example, Learner, Rows
+from fedllm.engine.passes import Passes
 
-TOKENS_PER_PASS = {"cpu": 2048, "mps": 8192, "cuda": 32768}
-"""Tokens of a pass beyond which a wider one gains nothing on a device."""
-
-LOOK = 4
+LOOK = 8
 """Clients whose rows are looked at to judge the length of a step."""
+STACK = 64
+"""The most clients whose adapters are stacked at a time."""
+STACK_BYTES = 512 * 2**20
+"""Bytes that stacked adapters may take, with gradients and the optimiser's memory."""
+COPIES = 6
+"""Tensors of an adapter's size while it trains: start, value, gradient, two moments, one for what is computed."""
+WIDEST = 64
+"""The widest pass that is tried."""
+GAIN = 0.98
+"""A wider pass must take at most this share of the time per client."""
+PATIENCE = 1.5
+"""Seconds after which nothing wider is tried."""
+ROOM = 0.6
+"""The share of free memory that a pass may take."""
 
 
 @dataclass(frozen=True)
 class Width:
-    """The width chosen and the reason, for the user."""
+    """What was chosen, and why, for the user.
+
+    Attributes:
+        clients: the most clients of a pass.
+        why: the reason, a part of a sentence.
+        stack: clients that train side by side; their rows are cut into passes. At least `clients`.
+        passes: what a pass costs.
+    """
 
     clients: int
     why: str
+    stack: int = 0
+    passes: Passes = field(default_factory=Passes)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stack", max(self.stack, self.clients))
 
 
 def choose(wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort: int) -> Width:
-    """The width of a run: the one wanted, or the one that fills the device.
+    """The width of a run: the one wanted, or the best of those that were tried.
 
     Args:
         wanted: a number or "auto".
@@ -37,21 +75,150 @@ def choose(wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort
         cohort: clients per round.
     """
     limit = learner.width_limit
+    if wanted != "auto" and limit != 1:
+        return Width(max(1, min(int(wanted), cohort)), "as the recipe says")
+    batches = [
+        examples
+        for client in rows.client_ids[:LOOK]
+        if (examples := learner.prepare(list(rows.rows(client))[: train.batch_size]))
+    ]
+    if not batches:
+        return Width(1, "no rows to judge by")
     if limit == 1:
         return Width(1, "this adapter trains weights inside the model, so clients take turns")
-    if wanted != "auto":
-        return Width(max(1, min(int(wanted), cohort)), "as the recipe says")
-    lengths = [
-        example.tokens
-        for client in rows.client_ids[:LOOK]
-        for example in learner.prepare(list(rows.rows(client))[: train.batch_size])
-    ]
-    if not lengths:
-        return Width(1, "no rows to judge by")
-    step = max(1, round(sum(lengths) / len(lengths) * train.batch_size))
-    device = learner.device.type
-    fits = max(1, TOKENS_PER_PASS.get(device, TOKENS_PER_PASS["cuda"]) // step)
-    width = min(cohort, fits)
-    if width == cohort:
-        return Width(width, f"the whole cohort: a step is about {step} tokens per client")
-    return Width(width, f"a step is about {step} tokens per client, and more gains nothing on this {device}")
+    timed = _remembered(learner, batches, min(cohort, WIDEST))
+    start = learner.initial()
+    stack = max(1, min(cohort, STACK, STACK_BYTES // max(1, COPIES * size_in_bytes(start))))
+    tokens = _tokens(batches[0])
+    best = timed["best"]
+    reason = f"a step of {tokens} tokens for each of {best} takes {timed['gain']:.1f} times less than one by one"
+    if best == 1:
+        reason = f"a step of {tokens} tokens fills this {learner.device.type}"
+    if best < cohort:
+        reason += f", and {timed['stopped']}"
+    wide = timed["limit"] if best < min(cohort, WIDEST) else None
+    return Width(min(best, stack), reason, stack, Passes(timed["fixed"], wide))
+
+
+def _tokens(batch: Sequence[Example]) -> int:
+    """Tokens that a batch takes, padding counted."""
+    return len(batch) * max(example.tokens for example in batch)
+
+
+def _remembered(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> dict[str, Any]:
+    """What was measured for work of this kind on this machine, now or earlier."""
+    key = _key(learner, batches, widest)
+    file = _folder() / "width" / f"{key}.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = _measure(learner, batches, widest)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        passing = file.with_suffix(f".{os.getpid()}")
+        passing.write_text(json.dumps(found), encoding="utf-8")
+        passing.replace(file)
+    except OSError:
+        pass  # nothing is lost but the time of the next measurement
+    return found
+
+
+def _folder() -> Path:
+    """The user's cache folder of fedllm."""
+    given = os.environ.get("FEDLLM_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedllm"
+
+
+def _key(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> str:
+    """Names the kind of work: device, threads, trainable shapes, model and step."""
+    shapes = {name: list(tensor.shape) for name, tensor in learner.initial().items()}
+    model = getattr(getattr(learner, "loaded", None), "model", None)
+    weights = None if model is None else [type(model).__name__, sum(p.numel() for p in model.parameters())]
+    place = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else _processor()
+    steps = [[example.tokens for example in batch] for batch in batches]
+    facts = [place, torch.get_num_threads(), torch.__version__, shapes, weights, steps, widest]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """What the processor calls itself, and how many there are."""
+    return f"{platform.machine()} {platform.processor()} {os.cpu_count()}"
+
+
+def _measure(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> dict[str, Any]:
+    """Time passes of 1, 2, 4, ... clients, each with a batch of equal lengths."""
+    start, begun = learner.initial(), time.perf_counter()
+    room = _room(learner.device)
+    times: dict[int, float] = {}
+    best, width, stopped = 1, 1, "wider ones were not tried"
+    while True:
+        groups = [batches[0]] * width
+        before = room()
+        times[width] = _timed(lambda groups=groups: _pass(learner, start, groups), learner.device)
+        used = before - room()
+        if width > 1 and times[width] / width > GAIN * times[best] / best:
+            stopped = "more gains nothing"
+            break
+        best = width
+        if used > 0 and 2 * used > ROOM * before:
+            stopped = "more would not fit into memory"
+            break
+        if width == widest or time.perf_counter() - begun > PATIENCE:
+            break
+        width = min(2 * width, widest)
+    tokens = _tokens(batches[0])
+    last = max(times)
+    each = max((times[last] - times[1]) / (last - 1), 1e-9) if last > 1 else times[1]
+    fixed = max(times[1] - each, 0.0) / each * tokens
+    return {
+        "best": best,
+        "gain": times[1] * best / times[best],
+        "fixed": int(2 ** round(math.log2(min(max(fixed, 32.0), 4096.0)))),
+        "limit": best * tokens,
+        "stopped": stopped,
+        "seconds": {str(n): t for n, t in times.items()},
+    }
+
+
+def _pass(learner: Learner, start: Tensors, groups: Sequence[Sequence[Example]]) -> None:
+    """One forward and backward pass; nothing is kept of it."""
+    own = {n: t.to(learner.device).expand(len(groups), *t.shape).clone().requires_grad_() for n, t in start.items()}
+    with torch.inference_mode(False), torch.enable_grad(), learner.using(own):
+        torch.autograd.grad(learner.losses(groups).sum(), list(own.values()), allow_unused=True)
+
+
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    """The shortest of three runs after a first one, in seconds."""
+    found = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return min(found[1:])
+
+
+def _room(device: torch.device) -> Callable[[], float]:
+    """How to ask for the bytes that were free at the last pass's highest point."""
+    if device.type != "cuda":
+        import psutil
+
+        own = psutil.Process()
+        return lambda: float(psutil.virtual_memory().available + own.memory_info().rss - _peak())
+
+    def free() -> float:
+        peak = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.mem_get_info(device)[0] - peak
+
+    return free
+
+
+def _peak() -> float:
+    """The most memory that this process ever held, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024))

@@ -17,7 +17,7 @@ import torch
 
 from fedllm.core.errors import ConfigError, DataError, ModelError
 from fedllm.core.tensors import Tensors
-from fedllm.core.work import Example, Groups
+from fedllm.core.work import Example, Groups, Places
 from fedllm.models.adapters.attach import Adapted
 from fedllm.models.adapters.context import Prompts, check_end, check_room, framed, text_embedding, tokens_of
 from fedllm.models.adapters.settings import AdapterSettings
@@ -155,13 +155,15 @@ class DualEncoderLearner:
         ]
 
     @contextmanager
-    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> Iterator[None]:
+    def using(
+        self, params: Tensors | None, seeds: Sequence[int] | None = None, places: Places = None
+    ) -> Iterator[None]:
         """Run the model with stacked `params`; None is the base model with the template."""
         if self.adapted.context is not None:
             self.adapted.context.check(params)
         before, self._held = self._held, None
         try:
-            with self.adapted.using(params, seeds):
+            with self.adapted.using(params, seeds, places):
                 yield
         finally:
             self._held = before

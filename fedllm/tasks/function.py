@@ -10,7 +10,7 @@ import torch
 
 from fedllm.core.errors import ModelError
 from fedllm.core.tensors import Tensors
-from fedllm.core.work import Example, Groups
+from fedllm.core.work import Example, Groups, Places
 
 Loss = Callable[[Tensors, Sequence[torch.Tensor]], torch.Tensor]
 """loss(params, examples) -> the SUM of the losses of the examples, a differentiable scalar."""
@@ -52,7 +52,9 @@ class FunctionLearner:
         return [Example({"x": self.encode(row)}, torch.zeros(0), 1, 1) for row in rows]
 
     @contextmanager
-    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> Iterator[None]:
+    def using(
+        self, params: Tensors | None, seeds: Sequence[int] | None = None, places: Places = None
+    ) -> Iterator[None]:
         """Bind stacked parameters; None means the first values."""
         before = self._bound
         self._bound = params if params is not None else {n: t.unsqueeze(0) for n, t in self._initial.items()}
@@ -66,7 +68,7 @@ class FunctionLearner:
         bound = self._bound or {}
         return torch.stack(
             [
-                self.loss({n: t[k] for n, t in bound.items()}, [e.inputs["x"] for e in group])
+                self.loss(_own(bound, k), [e.inputs["x"] for e in group])
                 if group
                 else next(iter(bound.values())).sum() * 0.0
                 for k, group in enumerate(groups)
@@ -80,7 +82,7 @@ class FunctionLearner:
         bound, found = self._bound or {}, []
         for k, group in enumerate(groups):
             if group:
-                params = {n: t[k] for n, t in bound.items()}
+                params = _own(bound, k)
                 found += list(self._outputs(params, [e.inputs["x"] for e in group]))
         return found
 
@@ -92,7 +94,7 @@ class FunctionLearner:
         """loss and examples of every example."""
         bound = self._bound or {}
         return [
-            {"loss": float(self.loss({n: t[k] for n, t in bound.items()}, [e.inputs["x"]])), "examples": 1.0}
+            {"loss": float(self.loss(_own(bound, k), [e.inputs["x"]])), "examples": 1.0}
             for k, group in enumerate(groups)
             for e in group
         ]
@@ -109,3 +111,8 @@ class FunctionLearner:
     def embed(self, *_: Any) -> list[torch.Tensor]:
         """A function reads no text."""
         raise ModelError("A function learner cannot embed text.")
+
+
+def _own(bound: Tensors, client: int) -> Tensors:
+    """One client's parameters in memory of their own: where it lies can show in a product's last bits."""
+    return {name: tensor[client].clone() for name, tensor in bound.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.split import Halves
 from fedllm.core.tensors import Tensors
-from fedllm.core.work import Example, Groups
+from fedllm.core.work import Example, Groups, Places
 from fedllm.evaluate import Metric
 from fedllm.evaluate.text import LastNumber, RougeL, TokenF1
 from fedllm.models.adapters.attach import Adapted
@@ -108,9 +108,11 @@ class TransformerLearner:
         """Tokenised examples; see :meth:`fedllm.tasks.task.Task.prepare`."""
         return self.task.prepare(rows)
 
-    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> AbstractContextManager[None]:
+    def using(
+        self, params: Tensors | None, seeds: Sequence[int] | None = None, places: Places = None
+    ) -> AbstractContextManager[None]:
         """Run the model with stacked `params`; None is the base model."""
-        return self.adapted.using(params, seeds)
+        return self.adapted.using(params, seeds, places)
 
     def losses(self, groups: Groups) -> torch.Tensor:
         """The sum of the losses of each client, [K], differentiable."""

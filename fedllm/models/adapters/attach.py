@@ -18,6 +18,7 @@ from torch import nn
 from fedllm.core.errors import ModelError
 from fedllm.core.seeds import torch_stream
 from fedllm.core.tensors import Tensors
+from fedllm.core.work import Places
 from fedllm.models.adapters import grouped
 from fedllm.models.adapters.context import Context
 from fedllm.models.adapters.encoder import encoded, first_encoder
@@ -110,13 +111,15 @@ class Adapted:
         self._attached = []
 
     @contextmanager
-    def using(self, params: Tensors | None, seeds: Sequence[int] | None = None) -> Iterator[None]:
+    def using(
+        self, params: Tensors | None, seeds: Sequence[int] | None = None, places: Places = None
+    ) -> Iterator[None]:
         """Run the model with `params` (stacked, [K, ...]); None is the base model. Backward must happen inside."""
-        before = self.binding.params, self.binding.seeds, self.binding.width
+        before = self.binding.params, self.binding.seeds, self.binding.places, self.binding.width
         width = 1 if params is None else next(iter(params.values())).shape[0]
         if self.width_limit is not None and width > self.width_limit:
             raise ModelError(f"{width} clients cannot share a pass.", f"'{self.settings.kind}' allows one.")
-        self.binding.params, self.binding.seeds, self.binding.width = params, seeds, width
+        self.binding.params, self.binding.seeds, self.binding.places, self.binding.width = params, seeds, places, width
         originals = [module._parameters[leaf] for _, module, leaf in self._swapped]
         modes = [module.training for module in self._checkpointed]  # layers checkpoint in training mode only
         try:
@@ -131,7 +134,7 @@ class Adapted:
                 module._parameters[leaf] = original
             for module, mode in zip(self._checkpointed, modes, strict=True):
                 module.training = mode
-            self.binding.params, self.binding.seeds, self.binding.width = before
+            self.binding.params, self.binding.seeds, self.binding.places, self.binding.width = before
 
     @contextmanager
     def at(self, rows: torch.Tensor, count: int) -> Iterator[None]:

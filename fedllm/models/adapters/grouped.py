@@ -17,16 +17,18 @@ from torch import nn
 from fedllm.core.errors import ModelError
 from fedllm.core.seeds import derive
 from fedllm.core.tensors import Tensors
+from fedllm.core.work import Places
 
 Hook = Callable[..., Any]
 
 
 @dataclass
 class Binding:
-    """What is bound at the moment: stacked tensors, and dropout seeds (None: no dropout)."""
+    """What is bound at the moment: stacked tensors, dropout seeds (None: no dropout), places of rows in their batch."""
 
     params: Tensors | None = None
     seeds: Sequence[int] | None = None
+    places: Places = None
     width: int = field(default=1)
     rows: tuple[torch.Tensor, int] | None = None
     """For each input of the output layer its row of the batch, and how many rows that has; None: all positions."""
@@ -56,7 +58,7 @@ def lora_hook(binding: Binding, name: str, scale: float, dropout: float) -> Hook
         b = binding.params[f"{name}.lora_B"]  # type: ignore[index]
         x = binding.grouped(args[0]).to(a.dtype)
         if dropout and binding.seeds is not None:
-            x = x * _keep(args[0], name, dropout, binding.seeds).view(x.shape).to(x.dtype)
+            x = x * _keep(args[0], name, dropout, binding.seeds, binding.places).view(x.shape).to(x.dtype)
         low = torch.bmm(x, a.transpose(1, 2))
         flat = output.reshape(binding.width, -1, output.shape[-1])
         if flat.dtype == low.dtype:
@@ -108,7 +110,7 @@ def _scattered(values: torch.Tensor, at: torch.Tensor, outside: int, inside: int
     return empty.scatter(1, at, values).view(values.shape[0], outside, inside)
 
 
-def _keep(x: torch.Tensor, name: str, dropout: float, seeds: Sequence[int]) -> torch.Tensor:
+def _keep(x: torch.Tensor, name: str, dropout: float, seeds: Sequence[int], places: Places = None) -> torch.Tensor:
     """A dropout mask of the shape of x, scaled by 1 / (1 - p).
 
     Every row has its own stream, a function of its client's seed, the layer's name and its place in the client's
@@ -116,10 +118,11 @@ def _keep(x: torch.Tensor, name: str, dropout: float, seeds: Sequence[int]) -> t
     """
     rows, stream = x.shape[0] // len(seeds), torch.Generator("cpu")
     masks = []
-    for seed in seeds:
-        first = derive(seed, name)
+    for client, seed in enumerate(seeds):
+        first, own = derive(seed, name), range(rows) if places is None else places[client]
         for row in range(rows):
-            stream.manual_seed((first + row) % 2**63)
+            place = own[row] if row < len(own) else row  # rows that only fill a client up do not count
+            stream.manual_seed((first + place) % 2**63)
             masks.append(torch.rand(x.shape[1:], generator=stream) >= dropout)
     return torch.stack(masks).to(x.device, torch.float32) / (1.0 - dropout)
 
