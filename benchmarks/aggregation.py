@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import psutil
 import torch
 
 from benchmarks.ground import interleaved, ratio, seconds
+from benchmarks.show import main
 from fedllm.core.message import Upload
 from fedllm.core.reducer import Mean, Reduction
 
@@ -81,3 +83,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from benchmarks.ground import SIZES, PlainLoop, batches, interleaved, learner, ratio, texts
+from benchmarks.show import main
 from fedllm.core.train import Train
 from fedllm.effects.rig import Play
 from fedllm.engine.width import choose
@@ -34,3 +37,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
             over, share = ratio(costs, "1", width, "wall"), ratio(costs, "limit", width, "wall")
             rows.append((name, shape, width, over, share, auto))
     return rows
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

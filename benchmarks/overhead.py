@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from benchmarks.ground import SIZES, PlainLoop, batches, interleaved, learner, ratio, seconds, texts
+from benchmarks.show import main
 from fedllm.core.train import Train
 from fedllm.effects.rig import Play
 from fedllm.methods.baseline.fedavg import FedAvg
@@ -36,3 +39,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
         ratios = ratio(costs, "fedllm", "plain"), ratio(costs, "fedllm", "plain", "wall")
         rows.append((name, f"{batch} x {length}", str(steps), *ratios, f"{over:.4f}"))
     return rows
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy
 import torch
 
 from benchmarks.ground import Size, interleaved, model_folder, seconds
+from benchmarks.show import main
 from fedllm.core.message import Upload
 from fedllm.core.tensors import Tensors, size_in_bytes
 from fedllm.core.wire import decode, encode, size_by_part
@@ -117,3 +119,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
     for parameters in NUMBERS:
         rows.append(row("none", f"{parameters / 1e6:.0f} M numbers", numbers(parameters), 2 if quick else 5))
     return rows
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

@@ -93,14 +93,14 @@ def clean(text: str) -> str:
     return "\n".join(_CONTROL.sub("", line).rstrip() for line in lines).strip("\n")
 
 
-def made_by(commands: Sequence[str], name: str, device: str = "") -> str:
-    """The line that says how an output was made."""
+def made_by(commands: Sequence[str], name: str, device: str = "", again: bool = True) -> str:
+    """The line that says how an output was made; `again` names the capture that repeats it."""
     typed = " and ".join(f"`{command}`" for command in commands)
     versions = ", ".join(f"{one} {version(one)}" for one in VERSIONS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = f"{platform.system()} {platform.machine()}, {cores} CPU cores" + (f", {device}" if device else "")
     made = f"Made by {typed} with {versions}, Python {platform.python_version()}; {machine}."
-    return f"*{made} To make it again: `python -m docs.capture {name}`.*"
+    return f"*{made} To make it again: `python -m docs.capture {name}`.*" if again else f"*{made}*"
 
 
 def device_of(run: Path) -> str:
@@ -235,7 +235,7 @@ def pretraining(capture: Capture, folder: Path) -> dict[str, str]:
     *before, command = capture.commands
     for one in before:
         place = Path(shlex.split(one)[-1])
-        if not (ROOT / place).exists():
+        if not (ROOT / place).exists() and not (folder / "run" / "result.json").exists():
             subprocess.run([sys.executable, *shlex.split(one)[1:]], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     run, result = finished(command, folder)
     train = load_recipe(run / "recipe.yaml").train
