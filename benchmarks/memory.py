@@ -114,6 +114,9 @@ def play(case: Case, folder: Path) -> dict[str, float]:
     from fedllm.methods.baseline.fedavg import FedAvg
     from fedllm.methods.model_heterogeneity.fedlora import FedLoRA
 
+    torch.set_num_threads(1)
+    libraries = peak()
+
     class Made:
         """Clients whose rows are made when they are asked for; implements fedllm.core.work.Rows."""
 
@@ -140,8 +143,6 @@ def play(case: Case, folder: Path) -> dict[str, float]:
         def cohort(self, round: int, clients: Sequence[str], size: int, rng: Any) -> list[str]:
             return list(clients[(round - 1) * size : round * size])
 
-    torch.set_num_threads(1)
-    libraries = peak()
     train = Train(steps=2, batch_size=1, lr=1e-3)
     method = InTurn(train=train, rank=case.personal) if case.personal else Keeping(train=train, kept=case.kept)
     model = learner(SIZES["0.3 M"], case.rank, TOKENS, targets="all-linear", personal=case.personal)
