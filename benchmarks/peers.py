@@ -1,4 +1,4 @@
-"""Peers - fedllm, pfl, Flower, and the structures of OpenFedLLM and FlowerTune, on one workload, each beside a plain loop.
+"""Peers - fedllm, OpenFedLLM, Flower and pfl do the same work beside a plain loop: what does each cost?
 
     OMP_NUM_THREADS=1 python -m benchmarks.peers [--quick]
 
