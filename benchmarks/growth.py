@@ -38,12 +38,16 @@ SERIES: dict[str, tuple[int, ...]] = {
 """What grows, and how far; the smallest first."""
 ERROR = 1.05
 """A ratio of seconds per unit that counts as no more than linear."""
-REPEATED = {"clients per round": 8, "LoRA rank": 2, "tokens in a row": 2, "rounds": 2}
+REPEATED = {"clients per round": 8, "LoRA rank": 2, "tokens in a row": 2}
 """How often the two smallest cases are played for one measurement, so that the clock can see them."""
+TURNS, QUICK = 9, 3
+"""Measurements of each case."""
 
 
 def often(name: str, value: int) -> int:
-    """How many times a case is played in one measurement."""
+    """How many times a case is played in one measurement; short runs so often that all measure equally many rounds."""
+    if name == "rounds":
+        return SERIES[name][-1] // value
     return REPEATED[name] if value <= SERIES[name][1] else 1
 
 
@@ -87,7 +91,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
     for name, values in SERIES.items():
         values = values[:3] if quick else values
         cases = {value: played(name, value, models) for value in values}
-        costs = interleaved({str(value): work for value, (work, _) in cases.items()}, 3 if quick else 5)
+        costs = interleaved({str(value): work for value, (work, _) in cases.items()}, QUICK if quick else TURNS)
         each = {v: [Cost(c.cpu / often(name, v), c.wall / often(name, v)) for c in costs[str(v)]] for v in values}
         low = values[0]
         for value in values:
