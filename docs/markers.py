@@ -35,7 +35,10 @@ def held(name: str, output: Path = OUTPUT) -> str:
     file = output / f"{name}.md"
     if file.is_file():
         return file.read_text(encoding="utf-8").strip()
-    return "*Not measured yet; `python -m docs.capture` fills this part.*"
+    command = (
+        f"python -m benchmarks {name.removeprefix('bench-')}" if name.startswith("bench-") else "python -m docs.capture"
+    )
+    return f"*Not measured yet; `{command}` fills this part.*"
 
 
 def slug(heading: str) -> str:

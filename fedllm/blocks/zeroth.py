@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import cast
 
+import numpy as np
 import torch
 
 from fedllm.core.errors import ConfigError, ModelError, UploadRejected
@@ -30,6 +32,8 @@ from fedllm.core.train import Train
 
 CHUNK = 1 << 15
 """Entries made at once: what fits a core's cache."""
+SCORES = ("magnitude", "count")
+"""What FedKSeed-Pro remembers of every seed beside its sum."""
 SEED_LIMIT = 2**31
 """Seeds that travel are below this, so that one takes four bytes."""
 CLIP = 1000.0
@@ -106,6 +110,12 @@ def replay(
     found = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
     replay_(found, seeds, values, scale)
     return found
+
+
+def rebuilt(start: Mapping[str, torch.Tensor], seeds: Sequence[int], values: torch.Tensor, scale: float) -> Tensors:
+    """:func:`replay` over float32 masters, given back in the dtypes of `start`."""
+    moved = replay({name: tensor.float() for name, tensor in start.items()}, seeds, values, scale)
+    return {name: tensor.to(start[name].dtype) for name, tensor in moved.items()}
 
 
 def replay_(tree: Mapping[str, torch.Tensor], seeds: Sequence[int], values: torch.Tensor, scale: float = 1.0) -> None:
@@ -294,8 +304,9 @@ def by_seed(sent: Tensors, size: int) -> Tensors:
     return {name: torch.zeros(size, dtype=torch.float64).index_add_(0, places, v) for name, v in each.items()}
 
 
-def pooled(kept: Mapping[str, Weighed], size: int, weighting: Weighting) -> Tensors:
+def pooled(collected: Mapping[str, Part], size: int, weighting: Weighting) -> Tensors:
     """:func:`by_seed` of all clients: the mean of their sums, and magnitudes and counts added up."""
+    kept = cast("Mapping[str, Weighed]", collected)
     part, total = shares(kept, weighting), by_seed(pairs([], torch.zeros(0)), size)
     for client, weighed in kept.items():
         for name, found in by_seed(weighed.tensors, size).items():
@@ -311,6 +322,12 @@ def chances(pool: Tensors) -> torch.Tensor:
     score = pool["magnitude"] / (1 + pool["count"])
     width = score.max() - score.min()
     return torch.softmax((score - score.min()) / width if width > 0 else torch.zeros_like(score), 0)
+
+
+def drawn(rng: np.random.Generator, size: int, steps: int, chances: torch.Tensor | None = None) -> np.ndarray:
+    """The places in a pool of `size` seeds that a client walks, with repetition; uniform without `chances` [size]."""
+    p = None if chances is None else (chances.double() / chances.double().sum()).numpy()
+    return rng.choice(size, size=steps, p=p)
 
 
 def plain_steps(train: Train, why: str) -> None:

@@ -17,6 +17,7 @@ import typer.main
 import yaml
 
 import fedllm
+from benchmarks.__main__ import QUESTIONS
 from docs.capture import CAPTURES, clean, markdown
 from docs.markers import DOCS, OUTPUT, ROOT, fill, marked_pages, names, slug
 from docs.tables import cell
@@ -33,7 +34,7 @@ from fedllm.run import algorithm, method_of
 from fedllm.tasks.settings import TaskKind
 
 PAGES = marked_pages()
-OUTPUTS = {*CAPTURES, "chat"}
+OUTPUTS = {*CAPTURES, "chat", *(f"bench-{name}" for name in QUESTIONS)}
 PARTS = (
     "When to use it", "How to run it", "What we changed from the paper, and why", "Claimed and measured", "Options",
 )  # fmt: skip
@@ -328,7 +329,8 @@ def test_results_name_every_capture_and_its_command() -> None:
 def test_captured_output_says_how_it_was_made() -> None:
     for file in OUTPUT.glob("*.md"):
         last = file.read_text(encoding="utf-8").strip().splitlines()[-1]
-        assert last.startswith("*Made by `fedllm ") and "python -m docs.capture" in last, file.name
+        assert re.match(r"\*Made by `(fedllm|python -m benchmarks)[ .]", last), file.name
+        assert file.stem.startswith("bench-") or "python -m docs.capture" in last, file.name
 
 
 def test_the_site_reads_no_other_host() -> None:

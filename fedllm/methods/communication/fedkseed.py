@@ -5,19 +5,19 @@ of K seeds a whole run is K numbers: weight = first value - lr * sum_j A_j z(s_j
 A; a client rebuilds its weights, walks tau steps and sends (index, slope) pairs. FedKSeed-Pro draws seeds by how large
 their slopes were. The weights themselves never travel and lie nowhere but in the model.
 
-Deviations: slopes are rounded to float32 before a client steps, so that what is replayed is what was walked. z is
-N(0, 1) by table (see blocks/zeroth.py). The server holds A in float64 and sends it as float32.
+Deviations: slopes are rounded to float32 before a client steps, so that what is replayed is what was walked. z comes
+from a table (blocks/zeroth.py). The server holds A in float64 and sends it as float32.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from fedllm.blocks.zeroth import SEED_LIMIT, Kept, Weighed, by_seed, chances, pairs, plain_steps, pool, pooled, replay
+from fedllm.blocks import zeroth
 from fedllm.core.card import Card
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method, on_client
@@ -31,9 +31,6 @@ from fedllm.core.work import Client, Directions
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
-
-SCORES = ("magnitude", "count")
-"""What Pro remembers of every seed beside its sum."""
 
 
 class FedKSeed(Method):
@@ -63,7 +60,7 @@ class FedKSeed(Method):
 
     @model_validator(mode="after")
     def _constant(self) -> FedKSeed:
-        plain_steps(self.train, "K sums tell the weights only if every step was plain and of the same rate")
+        zeroth.plain_steps(self.train, "K sums tell the weights only if every step was plain and of the same rate")
         return self
 
     @property
@@ -74,55 +71,53 @@ class FedKSeed(Method):
     def init(self, start: Tensors) -> State:
         """A = 0; the first weights are at every client already."""
         zero = torch.zeros(self.size, dtype=torch.float64)
-        seen = {name: zero.clone() for name in SCORES} if self.pro else {}
+        seen = {name: zero.clone() for name in zeroth.SCORES} if self.pro else {}
         return State({}, {"pool": {"sums": zero, **seen}}, {"master": 0})
 
     async def prepare(self, server: Server, state: State) -> State:
         """Draw the master seed."""
-        master = derive(server.seed, "pool") % SEED_LIMIT
-        return replace(state, numbers={**state.numbers, "master": master})
+        return replace(state, numbers={**state.numbers, "master": derive(server.seed, "pool") % zeroth.SEED_LIMIT})
 
     def distribute(self, state: State, client: Member) -> Received:
         """The master seed and A; in Pro the probabilities as well."""
         sent = {"master": torch.tensor(state.numbers["master"], dtype=torch.int32)}
         sent["sums"] = state.memory["pool"]["sums"].float()
         if self.pro:
-            sent["chances"] = chances(state.memory["pool"]).float()
+            sent["chances"] = zeroth.chances(state.memory["pool"]).float()
         return Received(None, pool=sent)
 
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
         """Rebuild the weights, walk tau steps, give back the slopes; the walked weights are discarded."""
         given, replay, lr = received["pool"], self._replay(received), self.train.lr
-        p = (given["chances"].double() / given["chances"].double().sum()).numpy() if self.pro else None
-        drawn = client.rng("seeds").choice(self.size, size=self.train.steps or 10, p=p)
-        chosen = [replay.seeds[j] for j in drawn]
+        places = zeroth.drawn(client.rng("seeds"), self.size, self.train.steps or 10, given.get("chances"))
+        chosen = [replay.seeds[j] for j in places]
         report = await client.probe(None, chosen, self.train, self.eps, lr=lr, replay=replay, limit=self.limit)
-        sent = pairs(drawn[report.kept].tolist(), report.slopes[report.kept])
+        sent = zeroth.pairs(places[report.kept].tolist(), report.slopes[report.kept])
         if self.upload == "pairs":
             return Upload(sent, client.size, report.metrics)
-        found = {n: t.float() for n, t in by_seed(sent, self.size).items()}
-        scores = {"scores": {n: found[n] for n in SCORES}} if self.pro else {}
+        found = {n: t.float() for n, t in zeroth.by_seed(sent, self.size).items()}
+        scores = {"scores": {n: found[n] for n in zeroth.SCORES}} if self.pro else {}
         return Upload({"sums": found["sums"]}, client.size, report.metrics, **scores)
 
     @property
     def reducer(self) -> Reducers:
         """Pairs with their weights; or the mean of the sums, and the scores added up."""
         if self.upload == "pairs":
-            return Kept(self.train.steps or 10, self.size)
+            return zeroth.Kept(self.train.steps or 10, self.size)
         return {"update": Mean(self.weighting), **({"scores": Mean("uniform")} if self.pro else {})}
 
     def expected(self, state: State) -> dict[str, Tensors]:
         """Sums have K entries; pairs are checked by their reducer: a seed outside the pool refuses the upload."""
+        if self.upload == "pairs":
+            return {}
         zero = torch.zeros(self.size)
-        scores: dict[str, Tensors] = {"scores": dict.fromkeys(SCORES, zero)} if self.pro else {}
-        return {} if self.upload == "pairs" else {"update": {"sums": zero}, **scores}
+        return {"update": {"sums": zero}, **({"scores": dict.fromkeys(zeroth.SCORES, zero)} if self.pro else {})}
 
     def finalize(self, state: State, update: Update) -> State:
         """A <- A + sum_i omega_i a_i; in Pro |g| and counts by seed are added up."""
         if self.upload == "pairs":
-            kept = cast("dict[str, Weighed]", update.collected["update"])
-            change = pooled(kept, self.size, self.weighting)
+            change = zeroth.pooled(update.collected["update"], self.size, self.weighting)
         else:
             scores = update["scores"] if self.pro else {}
             change = {"sums": update["update"]["sums"], **{n: t * update.clients for n, t in scores.items()}}
@@ -130,9 +125,8 @@ class FedKSeed(Method):
 
     def weights(self, state: State, start: Tensors) -> Tensors:
         """w0 moved along all directions by A: what (w0, A) stand for, as every client rebuilds it."""
-        seeds, sums = pool(state.numbers["master"], self.size), state.memory["pool"]["sums"].float()
-        masters = {name: tensor.float() for name, tensor in start.items()}
-        return {n: t.to(start[n].dtype) for n, t in replay(masters, seeds, sums, -self.train.lr).items()}
+        seeds = zeroth.pool(state.numbers["master"], self.size)
+        return zeroth.rebuilt(start, seeds, state.memory["pool"]["sums"].float(), -self.train.lr)
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
@@ -142,5 +136,5 @@ class FedKSeed(Method):
         return Upload(None, client.size, report.score.metrics if report.score else {})
 
     def _replay(self, received: Received) -> Directions:
-        seeds = pool(int(received["pool"]["master"]), self.size)
+        seeds = zeroth.pool(int(received["pool"]["master"]), self.size)
         return Directions(seeds, received["pool"]["sums"], -self.train.lr)
