@@ -33,7 +33,7 @@ class Passes:
         limit: tokens of a pass beyond which a wider one gains nothing; None: no limit.
     """
 
-    fixed: int = 256
+    fixed: int = 128
     limit: int | None = None
 
     def plan(self, lengths: Sequence[Sequence[int]]) -> list[list[Part]]:
