@@ -49,8 +49,7 @@ NOTE = (
     "less that of two rounds of the plain loop alone; a process tree's own memory and the mapped files of its largest "
     "process. The adapters that the engines end with are equal to a thousandth of the way they have come."
 )
-INSTALL = "pip install 'fedllm[peers]' && pip install --no-deps 'flwr==1.42.0'"
-"""flwr wants older releases of typer and rich than fedllm, for its command line alone, so pip must not be asked."""
+INSTALL = "see benchmarks/peers.txt"
 LETTERS = (
     Case("4 of 20 clients", "3.4 M", 20, 4, 10, 16, 128),
     Case("4 of 20 clients", "3.4 M", 20, 4, 1, 16, 128, 2),
