@@ -137,6 +137,7 @@ class LocalWorker:
             self.private.drop(turn.client)
             return Reply(turn.id, turn.client, None, _reason(fault), cost)
         if not waits:
+            self.private.rest(turn.client)
             return Reply(turn.id, turn.client, body, None, cost)
         session = turn.session or turn.id
         turn.session, turn.cost = session, {name: 0.0 for name in turn.cost}

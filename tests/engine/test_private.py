@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import errno
+import gc
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedllm.core.errors import ConfigError, RunError
 from fedllm.core.wire import decode
-from fedllm.engine.private import PrivateStore
+from fedllm.engine.private import BUDGET, PrivateStore, PrivateView
 
 NAMES = ("control", "note", "params")
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(params=["memory", "folder", "memory, no room", "folder, no room"])
 def store(request: Any, tmp_path: Path) -> PrivateStore:
-    return PrivateStore(NAMES, tmp_path / "private" if request.param == "folder" else None)
+    folder = tmp_path / "private" if request.param.startswith("folder") else None
+    return PrivateStore(NAMES, folder, 0 if request.param.endswith("no room") else BUDGET)
 
 
 def entry(store: PrivateStore, client: str) -> dict[str, Any]:
@@ -32,6 +38,7 @@ def keep(store: PrivateStore, client: str, **values: Any) -> None:
     view = store.open(client)
     for name, value in values.items():
         view[name] = value
+    store.rest(client)
     store.settle([client])
 
 
@@ -337,3 +344,63 @@ def test_entries_in_memory_are_not_part_of_a_checkpoint() -> None:
     keep(store, "a", note=1)
     assert store.clients() == ["a"]
     assert store.manifest() == {}
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["set", "read", "drop", "keep", "lose"])), max_size=30)
+)
+def test_a_store_without_room_holds_the_same(steps: list[tuple[str, str]]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        stores = [PrivateStore(NAMES), PrivateStore(NAMES, None, 0), PrivateStore(NAMES, Path(place), 0)]
+        for number, (client, step) in enumerate(steps):
+            for store in stores:
+                if step in ("set", "read"):
+                    view = store.open(client)
+                    if step == "set":
+                        view["params"] = {"w": torch.full((3,), float(number))}
+                    store.rest(client)
+                elif step == "drop":
+                    store.drop(client)
+                else:
+                    store.settle([client] if step == "keep" else [])
+                stores[2].prune([])
+            seen = [repr(sorted(dict(view).items())) for view in [store.open(client) for store in stores]]
+            for store in stores:
+                store.drop(client)
+            assert seen[0] == seen[1] == seen[2], (number, step)
+            assert stores[0].clients() == stores[1].clients() == stores[2].clients()
+
+
+def test_resting_entries_leave_memory_beyond_the_budget(tmp_path: Path) -> None:
+    store, big = PrivateStore(NAMES, tmp_path, 3000), torch.ones(500)
+    for number in range(4):
+        view = store.open(f"c{number}")
+        view["params"] = {"w": big * number}
+        assert len(files(tmp_path)) == (0 if number < 2 else 2), "two of 2,000 bytes pass 3,000"
+        store.rest(f"c{number}")
+        del view
+    gc.collect()
+    held = [one for one in gc.get_objects() if isinstance(one, PrivateView)]
+    assert not held and len(files(tmp_path)) == 4
+    assert store.manifest() == {}, "nothing is kept before the round is settled"
+    store.settle(["c1", "c3"])
+    assert set(store.manifest()) == {"c1", "c3"} and len(files(tmp_path)) == 4
+    store.prune([])
+    assert files(tmp_path) == set(store.manifest().values())
+    kept = entry(store, "c3")["params"]
+    assert torch.equal(kept["w"], big * 3)
+
+
+def test_a_temporary_folder_ends_with_its_store() -> None:
+    store = PrivateStore(NAMES, None, 0)
+    keep(store, "a", note=1)
+    place = store._place()
+    assert len(files(place)) == 1 and store.manifest() == {} and entry(store, "a") == {"note": 1}
+    if os.name == "posix":
+        assert place.stat().st_mode & 0o077 == 0, "for its owner alone"
+    del store
+    gc.collect()
+    assert not place.exists()
