@@ -24,7 +24,7 @@ from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.images import ImageReader
 from fedllm.models.load import Loaded
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import SequenceClassification
+from fedllm.tasks.task import SequenceClassification, seen
 
 TEMPLATE = "a photo of a {}."
 """The text of a class where the task names none."""
@@ -180,7 +180,7 @@ class DualEncoderLearner:
             return []
         logits, _, labels = self._logits(groups)
         owner = torch.arange(len(labels), device=labels.device)
-        return self.task.count_rows(logits, labels, owner, len(labels))
+        return self.task.count_rows(seen(logits, labels), labels, owner, len(labels))
 
     def outputs(self, groups: Groups) -> list[torch.Tensor]:
         """Differentiable logits [C] of every example, client after client."""

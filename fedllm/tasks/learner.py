@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.split import Halves
@@ -21,9 +20,10 @@ from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
 from fedllm.models.structure import is_encoder_decoder
 from fedllm.tasks.decode import context, continue_prompts
+from fedllm.tasks.head import Head
 from fedllm.tasks.masked import MaskedLM
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import IGNORE, TASKS, Task
+from fedllm.tasks.task import IGNORE, TASKS, Seen, Task, seen
 
 KINDS: dict[str, type[Task]] = {**TASKS, MaskedLM.kind: MaskedLM}
 """Every task of a transformer by its kind."""
@@ -88,8 +88,8 @@ class TransformerLearner:
         self.width_limit = self.adapted.width_limit
         self._both_ways = is_encoder_decoder(loaded.model)
         self._halves: dict[tuple[int, int | None], Halves] = {}
-        self._select = _Selection()
-        self._selective = self.task.per_token and self._install_selection()
+        self.head = Head(self.adapted, self._both_ways, len(self.tokenizer) if self.task.per_token else None)
+        self.notes += self.head.notes
 
     @property
     def device(self) -> torch.device:
@@ -117,9 +117,15 @@ class TransformerLearner:
     def losses(self, groups: Groups) -> torch.Tensor:
         """The sum of the losses of each client, [K], differentiable."""
         batch = self.collate(groups)
-        logits, owner = self._logits(batch)
-        rows = batch.inputs["input_ids"].shape[0]
-        by_row = self.task.loss_rows(logits, batch.labels, owner, rows)[batch.real]
+        rows, owner = batch.inputs["input_ids"].shape[0], batch.where[0]
+        if self.head.splits(len(owner)):
+            hidden = self.head.hidden(batch.inputs, owner, self._positions(batch))
+            by_row = self.head.sums(
+                hidden, owner, lambda logits, at: self.task.loss_rows(logits, batch.labels[at], owner[at], rows)
+            )
+        else:
+            by_row = self.task.loss_rows(self._logits(batch)[0], batch.labels, owner, rows)
+        by_row = by_row[batch.real]
         return by_row.new_zeros(len(groups)).index_add_(0, batch.clients, by_row)
 
     def outputs(self, groups: Groups) -> list[torch.Tensor]:
@@ -140,7 +146,7 @@ class TransformerLearner:
         """
         batch = self.collate(groups)
         mask = batch.inputs["attention_mask"]
-        with self._select.everything():
+        with self.head.everything():
             states = self.adapted.call(batch.inputs, output_hidden_states=True)
         found = states.encoder_hidden_states if self._both_ways else states.hidden_states
         real = mask.unsqueeze(-1)
@@ -151,12 +157,22 @@ class TransformerLearner:
         if not any(len(group) for group in groups):
             return []
         batch = self.collate(groups)
-        logits, owner = self._logits(batch)
-        rows = self.task.count_rows(logits, batch.labels, owner, batch.inputs["input_ids"].shape[0])
+        rows = self._counted(batch)
         found = [rows[i] for i in batch.real.tolist()]
         for counts, written in zip(found, self._written(groups) if self.texts else (), strict=bool(self.texts)):
             counts.update(written)
         return found
+
+    def _counted(self, batch: Batch) -> list[dict[str, float]]:
+        """Counts of every row of a batch."""
+        rows, owner = batch.inputs["input_ids"].shape[0], batch.where[0]
+        if self.head.splits(len(owner)):
+            hidden = self.head.hidden(batch.inputs, owner, self._positions(batch))
+            parts = [seen(self.head.logits(hidden[at]), batch.labels[at]) for at in self.head.cut(len(owner))]
+            found = Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        else:
+            found = seen(self._logits(batch)[0], batch.labels)
+        return self.task.count_rows(found, batch.labels, owner, rows)
 
     def _written(self, groups: Groups) -> list[dict[str, float]]:
         """Counts of the text metrics of every example: its prompt is continued and held to its answer."""
@@ -213,7 +229,7 @@ class TransformerLearner:
         if self._both_ways:
             hidden = self.loaded.model.get_encoder()(**inputs).last_hidden_state
         else:
-            with self._select.everything():
+            with self.head.everything():
                 hidden = self.adapted.call(inputs, output_hidden_states=True).hidden_states[-1]
         hidden = hidden[:, -encoded["attention_mask"].shape[1] :]
         mask = encoded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
@@ -301,42 +317,18 @@ class TransformerLearner:
 
     def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of every label [M, C] and the row each belongs to [M]."""
-        rows, positions = batch.where
+        rows = batch.where[0]
         if not self.task.per_token:
             return self.adapted.call(batch.inputs).logits[rows], rows
-        positions = positions + (0 if self.adapted.binding.params is None else self.adapted.offset)
-        if self._selective:
-            with self._select.only(rows, positions), self.adapted.at(rows, batch.inputs["input_ids"].shape[0]):
+        positions = self._positions(batch)
+        if self.head.selective:
+            with self.head.only(rows, positions), self.adapted.at(rows, batch.inputs["input_ids"].shape[0]):
                 return self.adapted.call(batch.inputs).logits, rows
         return self.adapted.call(batch.inputs).logits[rows, positions], rows
 
-    def _install_selection(self) -> bool:
-        """Compute logits only where there are labels, by selecting hidden states in front of the output layer.
-
-        Works where everything behind that layer is element-wise; a probe compares both ways, and a model that fails
-        it is run with all logits.
-        """
-        layer = self.loaded.model.get_output_embeddings()
-        if layer is None:
-            return False
-        handle = layer.register_forward_pre_hook(self._select.hook)
-        ids = torch.arange(4, device=self.device).view(2, 2) % max(1, len(self.tokenizer) - 1)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self._both_ways:
-            inputs["decoder_input_ids"] = ids
-        rows, positions = torch.tensor([0, 1, 1], device=self.device), torch.tensor([1, 0, 1], device=self.device)
-        with torch.no_grad():
-            whole = self.loaded.model(**inputs).logits[rows, positions]
-            try:
-                with self._select.only(rows, positions):
-                    chosen = self.loaded.model(**inputs).logits
-            except (RuntimeError, IndexError, ValueError):
-                chosen = whole[:0]
-        if chosen.shape == whole.shape and torch.allclose(chosen, whole, rtol=1e-3, atol=1e-3):
-            return True
-        handle.remove()
-        self.notes.append("Logits are computed at every position: this model's output layer cannot be restricted.")
-        return False
+    def _positions(self, batch: Batch) -> torch.Tensor:
+        """Where the model's hidden states of the labels are, behind what an adapter puts in front."""
+        return batch.where[1] + (0 if self.adapted.binding.params is None else self.adapted.offset)
 
 
 def _text_metrics(task: TaskSettings) -> list[Metric]:
@@ -351,30 +343,3 @@ def _text_metrics(task: TaskSettings) -> list[Metric]:
         )
     kinds: dict[str, type[Metric]] = {kind.name: kind for kind in (RougeL, TokenF1, LastNumber)}
     return [kinds[name]() for name in task.text_metrics]
-
-
-class _Selection:
-    """A forward pre-hook that keeps chosen (row, position) hidden states: [N, T, H] -> [M, H]."""
-
-    def __init__(self) -> None:
-        self.chosen: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return None if self.chosen is None else (args[0][self.chosen[0], self.chosen[1]], *args[1:])
-
-    def only(self, rows: torch.Tensor, positions: torch.Tensor) -> _Chosen:
-        return _Chosen(self, (rows, positions))
-
-    def everything(self) -> _Chosen:
-        return _Chosen(self, None)
-
-
-class _Chosen:
-    def __init__(self, selection: _Selection, chosen: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.selection, self.chosen, self.before = selection, chosen, selection.chosen
-
-    def __enter__(self) -> None:
-        self.selection.chosen = self.chosen
-
-    def __exit__(self, *_: object) -> None:
-        self.selection.chosen = self.before

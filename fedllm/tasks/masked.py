@@ -22,7 +22,7 @@ from fedllm.core.errors import ModelError
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.work import Example
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import IGNORE, Task
+from fedllm.tasks.task import IGNORE, Seen, Task, by_row
 from fedllm.tasks.template import field
 
 SHARE = 0.15
@@ -76,14 +76,10 @@ class MaskedLM(Task):
         shown[chosen], labels[chosen] = hidden, ids[chosen]
         return replace(example, inputs={**example.inputs, "input_ids": shown}, labels=labels, targets=count)
 
-    def count_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int
-    ) -> list[dict[str, float]]:
+    def count_rows(self, seen: Seen, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """loss (summed), tokens (hidden ones), right, examples."""
-        losses = self.loss_rows(logits, labels, owner, rows)
-        hits = (logits.argmax(-1) == labels).float()
-        right = hits.new_zeros(rows).index_add_(0, owner, hits)
-        total = hits.new_zeros(rows).index_add_(0, owner, torch.ones_like(hits))
+        hits = (seen.guesses == labels).float()
+        losses, right, total = (by_row(each, owner, rows) for each in (seen.losses, hits, torch.ones_like(hits)))
         columns = zip(losses.tolist(), total.tolist(), right.tolist(), strict=True)
         return [{"loss": a, "tokens": b, "right": c, "examples": 1.0} for a, b, c in columns]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -17,6 +17,23 @@ from fedllm.tasks.template import Template, field
 
 IGNORE = -100
 """The label of a position that does not count."""
+
+
+class Seen(NamedTuple):
+    """What a metric needs of the logits of M labels: their losses [M], and the likeliest classes [M]."""
+
+    losses: torch.Tensor
+    guesses: torch.Tensor
+
+
+def seen(logits: torch.Tensor, labels: torch.Tensor) -> Seen:
+    """Of logits [M, C] and labels [M]."""
+    return Seen(functional.cross_entropy(logits.float(), labels, reduction="none"), logits.argmax(-1))
+
+
+def by_row(values: torch.Tensor, owner: torch.Tensor, rows: int) -> torch.Tensor:
+    """The sum of the values [M] of each row, [rows]."""
+    return values.new_zeros(rows).index_add_(0, owner, values)
 
 
 class Task:
@@ -60,12 +77,10 @@ class Task:
     def loss_rows(self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> torch.Tensor:
         """The sum of the losses of each row, shape [rows]. `logits` [M, C] and `labels` [M] belong to rows `owner`."""
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
-        return losses.new_zeros(rows).index_add_(0, owner, losses)
+        return by_row(losses, owner, rows)
 
-    def count_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int
-    ) -> list[dict[str, float]]:
-        """Additive counts of each row."""
+    def count_rows(self, seen: Seen, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> list[dict[str, float]]:
+        """Additive counts of each row, of what was :func:`seen` of the logits of its labels."""
         raise NotImplementedError(f"{type(self).__name__} must define count_rows.")
 
     def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
@@ -166,18 +181,14 @@ class CausalLM(Task):
             labels[-1] = end
         return ids, labels
 
-    def count_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int
-    ) -> list[dict[str, float]]:
+    def count_rows(self, seen: Seen, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """loss (summed), tokens, right, exact (greedy decoding gives exactly the answer), examples.
 
         Greedy decoding reproduces the answer exactly when, given the right beginning, the most likely token is
         right at every position: so one forward pass is enough.
         """
-        losses = self.loss_rows(logits, labels, owner, rows)
-        hits = (logits.argmax(-1) == labels).float()
-        right = hits.new_zeros(rows).index_add_(0, owner, hits)
-        total = hits.new_zeros(rows).index_add_(0, owner, torch.ones_like(hits))
+        hits = (seen.guesses == labels).float()
+        losses, right, total = (by_row(each, owner, rows) for each in (seen.losses, hits, torch.ones_like(hits)))
         columns = (losses.tolist(), total.tolist(), right.tolist(), (right == total).float().tolist())
         names = ("loss", "tokens", "right", "exact")
         return [{**dict(zip(names, row, strict=True)), "examples": 1.0} for row in zip(*columns, strict=True)]
@@ -228,15 +239,12 @@ class SequenceClassification(Task):
         inputs = {k: torch.tensor(v) for k, v in encoded.items() if k in ("input_ids", "token_type_ids")}
         return Example(inputs, torch.tensor([self._index(row["label"])]), len(encoded["input_ids"]), 1)
 
-    def count_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int
-    ) -> list[dict[str, float]]:
+    def count_rows(self, seen: Seen, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """loss, examples, and the confusion counts of macro-F1."""
-        losses = functional.cross_entropy(logits.float(), labels, reduction="none").tolist()
         names = self.labels or []
         metric, found = MacroF1(names), [{} for _ in range(rows)]
         for row, loss, guess, label in zip(
-            owner.tolist(), losses, logits.argmax(-1).tolist(), labels.tolist(), strict=True
+            owner.tolist(), seen.losses.tolist(), seen.guesses.tolist(), labels.tolist(), strict=True
         ):
             found[row] = {"loss": loss, "examples": 1.0, **metric.count([names[guess]], [names[label]])}
         return found
@@ -282,13 +290,11 @@ class TokenClassification(Task):
         inputs = {k: torch.tensor(v) for k, v in encoded.items() if k in ("input_ids", "token_type_ids")}
         return Example(inputs, torch.tensor(labels), len(labels), targets)
 
-    def count_rows(
-        self, logits: torch.Tensor, labels: torch.Tensor, owner: torch.Tensor, rows: int
-    ) -> list[dict[str, float]]:
+    def count_rows(self, seen: Seen, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """loss, tokens, right, and the span counts of entity F1."""
-        losses = self.loss_rows(logits, labels, owner, rows).tolist()
+        losses = by_row(seen.losses, owner, rows).tolist()
         metric, names = EntityF1(), self.labels or []
-        guesses, owners, gold = logits.argmax(-1).tolist(), owner.tolist(), labels.tolist()
+        guesses, owners, gold = seen.guesses.tolist(), owner.tolist(), labels.tolist()
         found: list[list[tuple[str, str]]] = [[] for _ in range(rows)]
         for row, guess, label in zip(owners, guesses, gold, strict=True):
             found[row].append((names[guess], names[label]))

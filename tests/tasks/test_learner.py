@@ -137,7 +137,7 @@ def test_logits_at_the_labels_are_those_of_a_full_forward_pass(family: str, kind
     if family == "t5" and adapter != "lora":
         return
     learner = make(family, kind, adapter)
-    assert learner._selective and not learner.notes
+    assert learner.head.selective and not learner.notes
     examples = learner.prepare(rows(kind))
     params = stacked(shaken(learner.initial()))
     with torch.no_grad(), learner.using(params):
@@ -162,7 +162,7 @@ def test_a_model_whose_output_layer_cannot_be_restricted_is_run_whole_with_a_not
     layer.weight = loaded.model.lm_head.weight
     loaded.model.lm_head = layer
     learner = TransformerLearner(loaded, TaskSettings(template="plain", max_length=64), AdapterSettings(rank=4), seed=1)
-    assert not learner._selective and "output layer" in learner.notes[0]
+    assert not learner.head.selective and "output layer" in learner.notes[0]
     assert not layer._forward_pre_hooks
     examples, params = learner.prepare(rows("causal-lm")), stacked(shaken(learner.initial()))
     assert torch.allclose(losses(learner, params, [examples]), losses(usual, params, [examples]), rtol=1e-5)

@@ -17,7 +17,7 @@ from fedllm.core.work import Example
 from fedllm.evaluate.classes import Accuracy, EntityF1, MacroF1
 from fedllm.models.toy import toy_tokenizer
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import IGNORE, TASKS, CausalLM, SequenceClassification, Task
+from fedllm.tasks.task import IGNORE, TASKS, CausalLM, SequenceClassification, Task, seen
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
@@ -257,7 +257,7 @@ def test_the_metrics_of_a_language_model():
     owner, labels = torch.tensor([0, 0, 1, 1, 1, 3]), torch.tensor([2, 1, 0, 3, 3, 1])
     logits = sure(labels, 4)
     logits[3] = torch.tensor([8.0, 0, 0, 0])  # row 1 is wrong at one place
-    found = task.count_rows(logits, labels, owner, 4)
+    found = task.count_rows(seen(logits, labels), labels, owner, 4)
     losses = functional.cross_entropy(logits, labels, reduction="none")
     assert [row["tokens"] for row in found] == [2, 3, 0, 1] and [row["right"] for row in found] == [2, 2, 0, 1]
     assert [found[row]["exact"] for row in (0, 1, 3)] == [1, 0, 1]
@@ -280,7 +280,7 @@ def test_the_metrics_of_a_classifier():
     task = make("sequence-classification", "bert", names)
     stream = torch.Generator().manual_seed(0)
     labels, logits = torch.randint(0, 3, (40,), generator=stream), torch.randn(40, 3, generator=stream)
-    found = task.count_rows(logits, labels, torch.arange(40), 40)
+    found = task.count_rows(seen(logits, labels), labels, torch.arange(40), 40)
     guesses, gold = [names[i] for i in logits.argmax(-1)], [names[i] for i in labels]
     values = task.values(total(found))
     assert values["accuracy"] == pytest.approx(Accuracy().value(Accuracy().count(guesses, gold)))
@@ -298,7 +298,7 @@ def test_the_metrics_of_a_tagger():
     owner = torch.arange(6).repeat_interleave(torch.tensor([5, 1, 9, 4, 7, 30]))
     labels, logits = (torch.randint(0, 4, (56,), generator=stream), torch.randn(56, 4, generator=stream))
     logits[:40] += 2 * functional.one_hot(labels[:40], 4)
-    found = task.count_rows(logits, labels, owner, 6)
+    found = task.count_rows(seen(logits, labels), labels, owner, 6)
     split = [owner == row for row in range(6)]
     guesses = [[names[i] for i in logits[rows].argmax(-1)] for rows in split]
     gold = [[names[i] for i in labels[rows]] for rows in split]
@@ -308,7 +308,8 @@ def test_the_metrics_of_a_tagger():
     assert values["token_accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
     assert values["loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=1e-5)
     assert set(values) == set(task.score_names) and set(task.values({}).values()) == {None}
-    nothing = task.count_rows(sure(torch.zeros(3, dtype=torch.long), 4), torch.zeros(3, dtype=torch.long), owner[:3], 1)
+    none = torch.zeros(3, dtype=torch.long)
+    nothing = task.count_rows(seen(sure(none, 4), none), none, owner[:3], 1)
     assert task.values(nothing[0])["entity_f1"] is None, "no entity is there to be found"
 
 
