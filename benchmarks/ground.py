@@ -48,14 +48,14 @@ SIZES = {"0.3 M": Size(96, 2, 4, 256), "1 M": Size(128, 4, 4, 344), "3.4 M": Siz
 VOCABULARY = 512
 
 
-def model_folder(size: Size, place: Path) -> Path:
+def model_folder(size: Size, place: Path, vocabulary: int = VOCABULARY) -> Path:
     """A folder with the random model and a byte-level tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = toy_tokenizer("llama")
     config = LlamaConfig(
         hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        intermediate_size=size.inner, vocab_size=VOCABULARY, max_position_embeddings=1024, tie_word_embeddings=True,
+        intermediate_size=size.inner, vocab_size=vocabulary, max_position_embeddings=1024, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -65,10 +65,12 @@ def model_folder(size: Size, place: Path) -> Path:
     return place
 
 
-def learner(size: Size, rank: int = 8, length: int = 128, **adapter: Any) -> TransformerLearner:
+def learner(
+    size: Size, rank: int = 8, length: int = 128, vocabulary: int = VOCABULARY, **adapter: Any
+) -> TransformerLearner:
     """A learner over a random model, LoRA on query and value."""
     with tempfile.TemporaryDirectory() as folder:
-        place = model_folder(size, Path(folder))
+        place = model_folder(size, Path(folder), vocabulary)
         loaded = load_model(ModelSettings(name=str(place), device="cpu"), "causal-lm")
     settings = AdapterSettings(**{"rank": rank, "alpha": 2.0 * rank, "targets": ["q_proj", "v_proj"], **adapter})
     task = TaskSettings(max_length=length, template="plain", loss_on="all")

@@ -29,7 +29,8 @@ NOTE = (
     "Registered clients: medians of three processes. `one more takes` is the slope from the smallest case; `its "
     "tensors` are the float32 numbers of one adapter, of one rank of it, or of one private state. Private states in "
     "turn: every round asks eight clients that were not asked before, so that `to` clients hold a state at the end; in "
-    "one round: all are asked at once."
+    "one round: all are asked at once. Vocabulary: rows of 256 tokens, all of which count in the loss, so that "
+    "a pass has 2,048 labels; `one more` is a word."
 )
 COHORT, TOKENS, ROWS, REPEATS = 8, 32, 4, 3
 GOAL = 1.05
@@ -48,6 +49,9 @@ class Case:
         kept: adapters that the server keeps beside the one that is trained.
         personal: rank of the private LoRA; 0 for a method without private state.
         disk: whether private states are written to a folder.
+        tokens: tokens of a row.
+        vocabulary: words that the model knows.
+        whole: the logits of a pass are there at once, whatever their number.
     """
 
     clients: int = COHORT
@@ -57,6 +61,9 @@ class Case:
     kept: int = 0
     personal: int = 0
     disk: bool = False
+    tokens: int = TOKENS
+    vocabulary: int = 512
+    whole: bool = False
 
 
 POPULATIONS = (20, 2_000, 200_000)
@@ -64,6 +71,7 @@ RANKS = (4, 16, 64)
 KEPT = (0, 16, 64)
 HOLDERS = (8, 64, 256)
 PERSONAL = 64
+WORDS = (512, 32_768, 131_072)
 
 
 def series(quick: bool) -> dict[str, dict[int, Case]]:
@@ -81,6 +89,9 @@ def series(quick: bool) -> dict[str, dict[int, Case]]:
     found["private states on disk, in one round"] = {
         n: Case(clients=n, cohort=n, rounds=1, personal=PERSONAL, disk=True) for n in holders
     }
+    for whole, how in ((False, "logits a stretch at a time"), (True, "all logits of a pass at once")):
+        sizes = {n: Case(rounds=1, tokens=256, vocabulary=n, whole=whole) for n in WORDS[ends]}
+        found[f"vocabulary, {how}"] = sizes
     return found
 
 
@@ -113,9 +124,12 @@ def play(case: Case, folder: Path) -> dict[str, float]:
     from fedllm.engine.rounds import play_round
     from fedllm.methods.baseline.fedavg import FedAvg
     from fedllm.methods.model_heterogeneity.fedlora import FedLoRA
+    from fedllm.tasks import head
 
     torch.set_num_threads(1)
     libraries = peak()
+    if case.whole:
+        head.STRETCH = 2**62
 
     class Made:
         """Clients whose rows are made when they are asked for; implements fedllm.core.work.Rows."""
@@ -126,7 +140,7 @@ def play(case: Case, folder: Path) -> dict[str, float]:
             return ROWS if split == "train" else 0
 
         def rows(self, client_id: str, split: str = "train") -> list[dict[str, str]]:
-            return texts(self.size(client_id, split), TOKENS, int(client_id[-6:]))
+            return texts(self.size(client_id, split), case.tokens, int(client_id[-6:]))
 
     class Keeping(FedAvg, abstract=True):
         """FedAvg at a server that keeps more adapters."""
@@ -145,7 +159,9 @@ def play(case: Case, folder: Path) -> dict[str, float]:
 
     train = Train(steps=2, batch_size=1, lr=1e-3)
     method = InTurn(train=train, rank=case.personal) if case.personal else Keeping(train=train, kept=case.kept)
-    model = learner(SIZES["0.3 M"], case.rank, TOKENS, targets="all-linear", personal=case.personal)
+    model = learner(
+        SIZES["0.3 M"], case.rank, case.tokens, case.vocabulary, targets="all-linear", personal=case.personal
+    )
     rows = Made()
     worker = LocalWorker(model, method, rows, 0, folder if case.disk else None)
     server = Server(LocalEngine(worker, rows.client_ids, COHORT), 0, rounds=case.rounds)
@@ -186,7 +202,11 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
         for value, one in found.items():
             over = one["peak"] / found[low]["peak"]
             slope = (one["peak"] - found[low]["peak"]) / (value - low) * 1024 if value > low else None
-            unit = 0.0 if registered else one["adapter"] * 1024 / (value if name == "LoRA rank" else 1)
+            unit = (
+                0.0
+                if registered or name.startswith("vocabulary")
+                else one["adapter"] * 1024 / (value if name == "LoRA rank" else 1)
+            )
             goal = ("reached" if over <= GOAL else "missed") + " (5 %)" if registered and value > low else ""
             rows.append(
                 (
@@ -197,7 +217,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
                     f"{over:.3f}",
                     goal,
                     "" if slope is None else f"{slope:.2f}",
-                    "" if registered else f"{unit:.1f}",
+                    f"{unit:.1f}" if unit else "",
                 )
             )
     return rows

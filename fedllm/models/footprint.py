@@ -147,8 +147,9 @@ def activation_bytes(model: nn.Module, settings: ModelSettings, rows: int, lengt
     of the feed-forward width (gate, its activation, up); with eager attention also 2 scores for each head and each
     other token. With gradient checkpointing: one hidden vector per block, and all of one block. On top, logits of a
     language model at the labelled positions: 3 float32 numbers per word of the vocabulary (logits, their softmax,
-    their gradient), less where they are computed a stretch at a time (:mod:`fedllm.tasks.head`). In the manner of Korthikanti et al. 2022, Reducing Activation Recomputation, section 4, for
-    frozen weights and without dropout. The toys keep 0.5 to 0.9 of it in a forward pass, which leaves room for what
+    their gradient), less where they are computed a stretch at a time (:mod:`fedllm.tasks.head`). In the manner of
+    Korthikanti et al. 2022, Reducing Activation Recomputation, section 4, for frozen weights and without dropout. The
+    toys keep 0.5 to 0.9 of it in a forward pass, which leaves room for what
     the backward pass needs for a moment.
     """
     number = BYTES[settings.dtype]
