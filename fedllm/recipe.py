@@ -18,6 +18,7 @@ from fedllm.core.settings import merge, read
 from fedllm.data.settings import DataSettings
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.settings import ModelSettings
+from fedllm.modes.privacy.settings import PrivacySettings
 from fedllm.modes.settings import CodecSettings
 from fedllm.report.tracking import Tracking
 from fedllm.tasks.settings import TaskSettings
@@ -98,6 +99,8 @@ class Recipe(BaseModel):
     """What is learned."""
     groups: dict[str, GroupSettings] = {}
     """Kinds of clients with models, ranks or devices of their own; none: all clients are alike."""
+    privacy: PrivacySettings | None = None
+    """Differential privacy; null: none."""
     codec: CodecSettings = CodecSettings()
     """How uploads are coded; as they are by default."""
     data: DataSettings = DataSettings()

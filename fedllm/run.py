@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedllm.core.errors import ConfigError, RoundFailed
+from fedllm.core.guard import Guard
 from fedllm.core.message import Received
 from fedllm.core.meter import Meter, peak_memory
 from fedllm.core.method import Method
@@ -93,6 +94,7 @@ class Ground:
         learners: those of groups with a model of their own.
         roster: client id -> its group.
         left: trainable tensors that only the recipe's method asked for.
+        guard: what stands between uploads and the recipe's method.
         width: how many clients share a pass.
         measured: the clients that have held-out data (and are to be measured).
         warnings: what a user should know.
@@ -107,13 +109,18 @@ class Ground:
     learners: dict[str, TransformerLearner] = field(default_factory=dict)
     roster: dict[str, Group] = field(default_factory=dict)
     left: frozenset[str] = frozenset()
+    guard: Guard = field(default_factory=Guard)
 
-    def worker(self, method: Algorithm, private: Path | None = None, debug: bool = False) -> LocalWorker:
+    def worker(
+        self, method: Algorithm, private: Path | None = None, debug: bool = False, guard: Guard | None = None
+    ) -> LocalWorker:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
+        at_clients = guard if hasattr(guard, "fit") else None
         left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
         rows, seed = Pooled(self.federation), self.recipe.seed
         coder = codec_of(self.recipe) if isinstance(method, Method) else None
-        return LocalWorker(self.learner, method, rows, seed, private, debug, self.roster, self.learners, left, coder)
+        groups = self.roster, self.learners
+        return LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, at_clients)
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,8 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
     width = choose(recipe.cohort_width, learner, federation, train, cohort)
     warnings = [*federation.warnings, *dict.fromkeys(notes)]
     left = frozenset(learner.initial()) - plain
-    return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left)
+    guard = guard_of(recipe, federation, method, cohort)
+    return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left, guard)
 
 
 def build_learner(
@@ -299,6 +307,16 @@ def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
             action=f"Map yours: data.columns.{column}=YOUR_COLUMN.",
         )
     return [str(label) for label in federation.labels]
+
+
+def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: int) -> Guard:
+    """What the recipe puts between uploads and its method."""
+    if recipe.privacy is None:
+        return Guard()
+    from fedllm.modes.privacy import guard
+
+    sizes = {client: federation.size(client) for client in federation.client_ids}
+    return guard.guard_of(recipe.privacy, method, sizes, cohort, recipe.rounds, recipe.seed)
 
 
 def codec_of(recipe: Recipe) -> Codec | None:
@@ -403,9 +421,10 @@ class Leg:
         self.name, self.method, self.ground, self.folder, self.watch = name, method, ground, folder, watch
         recipe = ground.recipe
         private = folder.private(name) if folder else None
-        self.worker = ground.worker(method, private, debug)
+        guard = ground.guard if name == FEDERATED else Guard()
+        self.worker = ground.worker(method, private, debug, guard)
         engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width)
-        self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner)
+        self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)
         codec = codec_of(recipe)
         if codec is not None and isinstance(method, Method):
             self.server.opened = codec.decode
@@ -418,6 +437,7 @@ class Leg:
         self.counts: dict[str, dict[str, float]] = {}
         self.unmeasured: list[dict[str, str]] = []
         self.failures = 0
+        self.stopped: str | None = None
         self.report: Any = None
 
     async def play(self, trackers: Sequence[Any] = ()) -> bool:
@@ -429,10 +449,15 @@ class Leg:
         while self.state.round < rounds and not done:
             if self.watch.stop:
                 break
+            self.stopped = self.server.guard.stops(self.state.round + 1)
+            if self.stopped:
+                break
             await self._round(trackers)
         if not self.counts and self.state.round:
             await self._measure()
-        return self.state.round >= rounds
+        if self.stopped and not done:
+            self._save(True)
+        return self.state.round >= rounds or self.stopped is not None or done
 
     async def _round(self, trackers: Sequence[Any]) -> None:
         recipe, begun = self.ground.recipe, time.perf_counter()
@@ -507,7 +532,8 @@ class Leg:
         if self.folder is None:
             return
         private = self.worker.private
-        checkpoint = Checkpoint(self.state, self.server.meter, private.manifest(), self.folder.metrics_bytes(), done)
+        guard, length = self.server.guard.to_json(), self.folder.metrics_bytes()
+        checkpoint = Checkpoint(self.state, self.server.meter, private.manifest(), length, done, guard)
         self.folder.save(self.name, checkpoint)
         private.prune(self.folder.manifests(self.name))
 
@@ -518,6 +544,8 @@ class Leg:
             return False
         self.state, self.server.meter = checkpoint.state, checkpoint.meter
         self.worker.private.restore(checkpoint.private)
+        if checkpoint.guard is not None:
+            self.server.guard.restore(checkpoint.guard)
         if not checkpoint.done:
             self.folder.cut_metrics(checkpoint.metrics_bytes)
         return checkpoint.done
@@ -611,6 +639,7 @@ def _table(
         for leg in legs
         if leg.unmeasured
     ]
+    stopped = [f"The run ended after round {first.state.round}: {first.stopped}"] if first.stopped else []
     table: dict[str, Any] = {
         "name": recipe.name,
         "about": recipe.about,
@@ -624,6 +653,8 @@ def _table(
         "bytes": {"up": meter.total("up", "work"), "down": meter.total("down", "work")},
         "tokens": meter.tokens,
         "seconds": time.perf_counter() - begun,
+        "guard": first.server.guard.told(),
+        "guarantee": first.server.guard.report(),
         "cohort_width": {"clients": ground.width.clients, "why": ground.width.why},
         "peak_memory": peak_memory(),
         "files": {
@@ -631,7 +662,7 @@ def _table(
             "metrics": str(folder.path / "metrics.jsonl"),
             "report": str(folder.path / "report.html"),
         },
-        "warnings": [*ground.warnings, *dropped, *missing],
+        "warnings": [*ground.warnings, *stopped, *dropped, *missing],
     }
     return {**table, "sentences": sentences(table)}
 

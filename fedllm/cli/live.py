@@ -59,6 +59,7 @@ class Progress:
     ended: float | None = None
     losses: list[float] = field(default_factory=list)
     value: float | None = None
+    epsilon: float | None = None
     up: int = 0
     down: int = 0
 
@@ -145,6 +146,8 @@ class Live(Watch):
             leg.losses.append(record.loss)
         if values is not None:
             leg.value = values.get(self.metric)
+        if record.guard and record.guard.get("epsilon") is not None:
+            leg.epsilon = record.guard["epsilon"]
         self._trouble(leg, record)
         every = max(1, leg.rounds // LINES)
         if record.round in (1, leg.rounds) or record.round % every == 0 or values is not None:
@@ -181,7 +184,8 @@ class Live(Watch):
         loss = f"loss {leg.losses[-1]:.3f}" if leg.losses else ""
         name = NAMES.get(self.metric, self.metric)
         value = f"{name} {value_text(self.metric, leg.value)}" if leg.value is not None else ""
-        return [loss, value, f"{bytes_text(leg.up)} up", f"{bytes_text(leg.down)} down"]
+        spent = "" if leg.epsilon is None else f"epsilon {leg.epsilon:.3g}"
+        return [loss, value, spent, f"{bytes_text(leg.up)} up", f"{bytes_text(leg.down)} down"]
 
     def left(self) -> float | None:
         """Seconds to go, from the pace of the legs so far; None before the first round."""
@@ -220,13 +224,17 @@ class Live(Watch):
 
         wide = self.place.width >= NARROW
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for name in ("", *([""] if wide else []), "round", "loss", NAMES.get(self.metric, self.metric), "up", "down"):
+        private = ["epsilon"] if any(leg.epsilon is not None for leg in self.legs.values()) else []
+        measured = "round", "loss", NAMES.get(self.metric, self.metric), *private, "up", "down"
+        for name in ("", *([""] if wide else []), *measured):
             table.add_column(name, justify="left" if not name else "right", no_wrap=True, header_style="dim")
         for leg in list(self.legs.values())[-ROWS:]:
             complete = leg.done >= leg.rounds
             bar = [ProgressBar(leg.rounds, leg.done, width=20)] if wide else []
             numbers = [f"{leg.losses[-1]:.3f}" if leg.losses else "", ""]
             numbers[1] = value_text(self.metric, leg.value) if leg.value is not None else ""
+            if private:
+                numbers.append("" if leg.epsilon is None else f"{leg.epsilon:.3g}")
             sizes = [bytes_text(leg.up), bytes_text(leg.down)] if leg.started is not None else ["", ""]
             style = "dim" if leg.started is None else "" if complete else "bold"
             table.add_row(leg.label, *bar, f"{leg.done}/{leg.rounds}", *numbers, *sizes, style=style)

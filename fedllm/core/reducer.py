@@ -326,6 +326,13 @@ class Reduction:
 
     def add(self, client: str, upload: Upload) -> None:
         """Take one upload whole, or raise :class:`UploadRejected` and take nothing of it."""
+        self._check(client, upload)
+        for name, part in upload.parts.items():
+            self.running[name].add(part, upload.weight, client)
+        self._count(upload)
+
+    def _check(self, client: str, upload: Upload) -> None:
+        """Raise :class:`UploadRejected` for an upload that is not as expected."""
         what = f"The upload of client '{client}'"
         missing = sorted(self.running.keys() - upload.parts.keys())
         if missing:
@@ -339,8 +346,9 @@ class Reduction:
             if name in self.expected:
                 _as_expected(name, part, self.expected[name], what)
             self.running[name].check(part, client)
-        for name, part in upload.parts.items():
-            self.running[name].add(part, upload.weight, client)
+
+    def _count(self, upload: Upload) -> None:
+        """Count an upload that was taken, and its measurements."""
         self.clients += 1
         self.weight += upload.weight
         for name, (total, n) in upload.metrics.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedllm.core.errors import ConfigError, DecodeError, UploadRejected
+from fedllm.core.guard import Guard
 from fedllm.core.message import Received, Upload
 from fedllm.core.meter import Meter
 from fedllm.core.roster import Group, Member
@@ -127,6 +128,7 @@ class Server:
         opened: undoes what a mode did to an upload of `work` (a codec), given `expected`; None where there is none.
         expected: what the method expects of each part in this round.
         learner: the server's own model, for protocols in which it holds a part; None where it has none.
+        guard: what stands between uploads and the method.
     """
 
     engine: Engine
@@ -141,6 +143,7 @@ class Server:
     learner: object = None
     opened: Callable[[Upload, Mapping[str, Tensors]], Upload] | None = None
     expected: Mapping[str, Tensors] = field(default_factory=dict)
+    guard: Guard = field(default_factory=Guard)
     _open: dict[str, tuple[str, str]] = field(default_factory=dict)
     _accepted: list[str] = field(default_factory=list)
     _asked: int = 0
@@ -263,6 +266,7 @@ class Server:
 
     def _requests(self, asked: Iterable[tuple[str, str, Received, str | None]]) -> Iterator[Request]:
         for op, client, received, session in asked:
+            self.guard.allow(op, client)
             body = encode(received)
             self.meter.sent(op, "down", size_by_part(body))
             self._asked += 1

@@ -114,6 +114,12 @@ class Federation:
     ) -> Federation:
         """Clients in memory: client id -> {"train": rows, "eval": rows}; either may be left out. `public`: for all."""
         for client, splits in clients.items():
+            if not isinstance(splits, Mapping):
+                raise ConfigError(
+                    f"Client '{client}' is given as a {type(splits).__name__}.",
+                    'Allowed: {"train": rows, "eval": rows}.',
+                    action='Write {"train": rows} where all of them are for training.',
+                )
             wrong = next((name for name in splits if name not in SPLITS), None)
             if wrong is not None:
                 raise ConfigError.unknown(f"split (client '{client}')", wrong, SPLITS)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import torch
 
+from fedllm.core.guard import Guard
 from fedllm.core.method import Method
 from fedllm.core.server import Server
 from fedllm.core.state import State
@@ -34,6 +35,8 @@ class Play:
         cohort: clients per round; None for all.
         seed: the run's seed.
         width: clients per pass; None for all.
+        rounds: rounds of the run.
+        guard: what stands between uploads and the method.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class Play:
         seed: int = 0,
         width: int | None = None,
         rounds: int = 1,
+        guard: Guard | None = None,
     ) -> None:
         self.method = method
         federation = Federation.of({client: {"train": list(held), "eval": []} for client, held in rows.items()})
-        self.worker = LocalWorker(learner, method, federation, seed)
+        guard, at_clients = guard or Guard(), guard if hasattr(guard, "fit") else None
+        self.worker = LocalWorker(learner, method, federation, seed, guard=at_clients)  # pyright: ignore
         ids = federation.client_ids
-        self.server = Server(LocalEngine(self.worker, ids, width or len(ids)), seed, rounds=rounds)
+        self.server = Server(LocalEngine(self.worker, ids, width or len(ids)), seed, rounds=rounds, guard=guard)
         self.cohort = cohort or len(ids)
         start = learner.initial()
         self.state = method.init({n: t for n, t in start.items() if method.trainable(n)})

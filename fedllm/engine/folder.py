@@ -34,6 +34,7 @@ class Checkpoint:
     private: dict[str, str]
     metrics_bytes: int
     done: bool
+    guard: Json = None
 
 
 class RunFolder:
@@ -125,6 +126,7 @@ class RunFolder:
             "private": checkpoint.private,
             "metrics_bytes": checkpoint.metrics_bytes,
             "done": checkpoint.done,
+            "guard": checkpoint.guard,
         }
         folder = self.path / "checkpoints" / leg
         self._write(folder / f"round-{checkpoint.state.round:06d}.safetensors", encode(message))
@@ -162,6 +164,7 @@ def _checkpoint(message: Message) -> Checkpoint:
         dict(facts["private"]),
         int(facts["metrics_bytes"]),
         bool(facts["done"]),
+        facts.get("guard"),
     )
 
 

@@ -15,6 +15,7 @@ import numpy
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError
+from fedllm.core.guard import ClientGuard
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
@@ -66,6 +67,7 @@ class LocalWorker:
         learners: models of groups that have one of their own, by the group's name.
         left: trainable tensors of the learner that this algorithm does not know; they stay at their first values.
         coder: codes the uploads of `work`; None leaves them as they are.
+        guard: keeps single examples private in `work`; None where they are not.
 
     Attributes:
         width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
@@ -83,10 +85,12 @@ class LocalWorker:
         learners: Mapping[str, Learner] | None = None,
         left: Collection[str] = (),
         coder: Coder | None = None,
+        guard: ClientGuard | None = None,
     ) -> None:
         self.learner, self.algorithm, self.rows, self.seed = learner, algorithm, rows, seed
         self.debug, self.roster, self.learners, self.left = debug, roster or {}, learners or {}, frozenset(left)
         self.functions = algorithm.client_functions()
+        self.guard = guard
         self.coder, self.width = coder, Width(1, "nobody asked for more")
         kept = () if coder is None else (coder.memory_name,)
         self.private = PrivateStore((*algorithm.private, *kept), private_folder)
@@ -129,7 +133,10 @@ class LocalWorker:
         """The encoded upload, or the reason why there is none."""
         waits = isinstance(outcome, Exchange)
         try:
-            body = encode(self._coded(turn, _upload(outcome.upload if waits else outcome)))
+            upload = _upload(outcome.upload if waits else outcome)
+            if self.guard is not None and turn.op == "work":
+                upload.metrics = {}  # the loss of training is not noised
+            body = encode(self._coded(turn, upload))
         except Exception as fault:
             if self.debug:
                 raise
@@ -178,7 +185,7 @@ class LocalWorker:
         function = self.functions.get(request.op)
         if function is None:
             raise ConfigError.unknown("client-side function", request.op, self.functions)
-        name = request.client
+        name, guarded = request.client, self.guard if request.op == "work" else None
         learner = self.learner_of(name)
         client = TurnClient(
             name,
@@ -188,9 +195,9 @@ class LocalWorker:
             request.population,
             self.private.open(name),
             self.seed,
-            lambda split: self.read(name, split),
+            _unseen if guarded else lambda split: self.read(name, split),
             lambda: {n: t for n, t in learner.initial().items() if self._moves(n)},
-            self._reader(name),
+            _unseen if guarded else self._reader(name),
             partial(halves, learner),
             self.group(name),
             request.turn,
@@ -199,9 +206,14 @@ class LocalWorker:
         async def play() -> Upload:
             return await function(self.algorithm, client, _received(request))
 
+        asked = itertools.count()
+
         def job(work: Work) -> Job:
-            place = name, self.seed, client.round, request.rounds
-            return Job(work, *place, self._reader(name), self._others(learner, bound_names(work)), self.width.passes)
+            place, noised = (name, self.seed, client.round, request.rounds), None
+            if guarded is not None:
+                noised = guarded.fit(name, client.round, next(asked), len(self._reader(name)("train")), work)
+            others = self._others(learner, bound_names(work))
+            return Job(work, *place, self._reader(name), others, self.width.passes, noised)
 
         return Turn(name, play(), job, request.id, request.op, learner=learner, client_view=client)
 
@@ -234,6 +246,16 @@ class LocalWorker:
             return examples
 
         return read
+
+
+def _unseen(split: str) -> Any:
+    """A client half reads rows where single examples are private."""
+    raise ConfigError(
+        f"The client half reads the rows of '{split}', and what it makes of them no noise would cover.",
+        "With privacy.level=example, clients train on their own rows and do nothing else with them.",
+        "fedavg",
+        "Choose another method, or set privacy.level=client.",
+    )
 
 
 def _received(request: Request) -> Received:

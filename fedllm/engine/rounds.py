@@ -10,7 +10,6 @@ from fedllm.core.errors import UploadRejected
 from fedllm.core.message import Json, Received
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
-from fedllm.core.reducer import Reduction
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
 from fedllm.core.state import CollectMore, State
@@ -35,6 +34,7 @@ class RoundRecord:
     bytes_down: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    guard: Json = None
 
     def to_json(self) -> Json:
         """For metrics.jsonl."""
@@ -56,7 +56,7 @@ async def play_round(
         state = await method.prepare(server, state)
         server.settle()
     server.expected = method.expected(state)
-    reduction = Reduction(method.reducer, server.expected)
+    reduction = server.guard.begin(method, server.expected, number)
     more, new, cohort = CollectMore(cohort_size), None, []
     for turn in range(COLLECT_LIMIT):
         if not more.again:
@@ -65,7 +65,8 @@ async def play_round(
                 record.failed = "the method asked for more clients than there are"
                 break
             wanted = more.clients or cohort_size
-            cohort = method.cohort(number, rest, wanted, numpy_stream(server.seed, "cohort", number, turn))
+            stream = numpy_stream(server.seed, "cohort", number, turn)
+            cohort = server.guard.cohort(method, number, rest, wanted, stream)
             record.cohort += cohort
         server.turn = server.turn + 1 if more.again else 0
         shown = replace(state, numbers={**state.numbers, **more.numbers})
@@ -101,6 +102,7 @@ async def play_round(
         new = await method.refine(server, replace(new, round=number))
         server.settle()
     record.bytes_up, record.bytes_down = meter.total("up") - before[0], meter.total("down") - before[1]
+    record.guard = server.guard.told()
     record.tokens, record.seconds = meter.tokens - before[2], time.perf_counter() - begun
     return replace(new if new is not None else state, round=number), record
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from fedllm.core.errors import ConfigError, DataError, FedLLMError, RoundFailed
+from fedllm.core.guard import PrivateFit
 from fedllm.core.seeds import derive, numpy_stream
 from fedllm.core.tensors import Tensors, finite, subtract
 from fedllm.core.train import Train
@@ -56,6 +57,7 @@ class Job:
         examples: reads the prepared examples of a split.
         frozen: first values of the learner's trainable tensors that the request does not name.
         passes: how the rows of a step are cut into passes.
+        noised: how single examples are kept private in a fit; None where they are not.
     """
 
     request: Request
@@ -66,6 +68,7 @@ class Job:
     examples: Callable[[str], list[Example]]
     frozen: Tensors
     passes: Passes = USUAL
+    noised: PrivateFit | None = None
 
 
 Result = (
@@ -94,7 +97,7 @@ def alike(job: Job) -> tuple[Any, ...]:
         terms = None if request.terms is None else tuple((weight, _form(tree)) for weight, tree in request.terms)
         steps = None if request.moments is None else float(request.moments.get("step", torch.zeros(())))
         how = request.train, request.split, request.loss, rules, steps
-        return Fit, how, _form(request.start), _form(request.fixed), terms, given
+        return Fit, how, _form(request.start), _form(request.fixed), terms, given, job.noised is None
     if isinstance(request, Probe):
         train, count = request.train, len(request.seeds)
         size = train.batch_size, train.accumulate
@@ -209,13 +212,12 @@ class _Fit:
 
     def _step(self, step: int) -> None:
         """One optimiser step of every active client."""
-        taken = [next(self.streams[k]) for k in self.active]
-        window = [
-            [[self.examples[k][i] for i in batch] for k, batch in zip(self.active, turn, strict=True)]
-            for turn in zip_longest(*taken, fillvalue=())
-        ]
-        grads, sums = self._gradients(window, step)
-        grads = _clipped(grads, self.train.clip_norm)
+        if self.jobs[0].noised is not None:
+            window, grads, sums = self._noised(step)
+        else:
+            window = self._window()
+            grads, sums = self._gradients(window, step)
+            grads = _clipped(grads, self.train.clip_norm)
         first = self.jobs[self.active[0]]
         rate = self.train.rate(first.round, first.rounds, step, self.steps[self.active[0]])
         for name, tensor in self.stack.items():
@@ -225,6 +227,14 @@ class _Fit:
             self.optimizer.step()
         for row, (k, loss) in enumerate(zip(self.active, sums.tolist(), strict=True)):
             self.spent[k].add(rate, loss, [e for groups in window for e in groups[row]])
+
+    def _window(self) -> list[list[list[Example]]]:
+        """The examples of a step: batch by batch, client by client."""
+        taken = [next(self.streams[k]) for k in self.active]
+        return [
+            [[self.examples[k][i] for i in batch] for k, batch in zip(self.active, turn, strict=True)]
+            for turn in zip_longest(*taken, fillvalue=())
+        ]
 
     def _gradients(self, window: list[list[list[Example]]], step: int) -> tuple[Tensors, torch.Tensor]:
         """Gradients of the mean loss over the labels of the whole window, and the loss sums [K]."""
@@ -256,18 +266,63 @@ class _Fit:
                         if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]  (an unused leaf)
                             _add_rows(held, owners, grad)
                     _add_rows(total, owners, sums.detach())
+        return self._ruled(dict(zip(self.stack, grads, strict=True)), given), total
+
+    def _ruled(self, grads: Tensors, given: dict[str, Tensors]) -> Tensors:
+        """Gradients with what the request adds to them: a penalty on parameters, a correction."""
+        request = self.requests[0]
         if request.penalty is not None:
             with torch.enable_grad():
                 extra = _each(request.penalty, self.stack, given).sum()
-                for held, grad in zip(grads, torch.autograd.grad(extra, leaves, allow_unused=True), strict=True):
-                    if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                        held.add_(grad)
-        result = dict(zip(self.stack, grads, strict=True))
+                found = torch.autograd.grad(extra, list(self.stack.values()), allow_unused=True)
+            for held, grad in zip(grads.values(), found, strict=True):
+                if grad is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                    held.add_(grad)
         if request.correction is not None:
             with torch.no_grad():
                 detached = {name: tensor.detach() for name, tensor in self.stack.items()}
-                result = _each(request.correction, result, {"params": detached, **given})
-        return result, total
+                return _each(request.correction, grads, {"params": detached, **given})
+        return grads
+
+    def _noised(self, step: int) -> tuple[list[list[list[Example]]], Tensors, torch.Tensor]:
+        """DP-SGD: the examples of a step, (sum of clipped gradients of single examples + noise) / expected, losses.
+
+        Every example is a client of the pass: it has parameters of its own, and so a gradient of its own. Its loss is
+        the mean over its labels. A step without examples is noise alone.
+        """
+        rules = [rule for k in self.active if (rule := self.jobs[k].noised) is not None]
+        drawn = [rule.draw(len(self.examples[k]), step) for rule, k in zip(rules, self.active, strict=True)]
+        flat = [(row, place) for row, places in enumerate(drawn) for place in places]
+        held = [self.examples[self.active[row]][place] for row, place in flat]
+        jobs, device = [self.jobs[k] for k in self.active], self.learner.device
+        seeds = [derive(job.seed, "dropout", job.client, job.round, step, 0) for job in jobs]
+        sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in self.stack.items()}
+        fixed = self.fixed if len(self.active) == len(self.jobs) else self._rows(self.fixed)
+        total = torch.zeros(len(self.active), device=device)
+        for parts in self.jobs[0].passes.plan([[example.tokens] for example in held]) if held else ():
+            for some in _pieces([part.client for part in parts], self.learner.width_limit):
+                owners, chosen = [flat[i][0] for i in some], [[held[i]] for i in some]
+                own = {n: t.requires_grad_() for n, t in _taken(self.stack, owners).items()}
+                seen = [seeds[row] for row in owners], [(flat[i][1],) for i in some]
+                with torch.enable_grad(), self.learner.using({**_taken(fixed, owners), **own}, *seen):
+                    losses = _losses(self.learner, self.requests[0].loss, chosen)
+                    scale = torch.tensor([1.0 / max(held[i].targets, 1) for i in some], device=device)
+                    found = torch.autograd.grad((losses * scale).sum(), list(own.values()), allow_unused=True)
+                each = dict(zip(own, found, strict=True))
+                stacked = {n: torch.zeros_like(own[n]) if g is None else g for n, g in each.items()}  # pyright: ignore[reportUnnecessaryComparison]
+                for row in dict.fromkeys(owners):
+                    rows = [i for i, owner in enumerate(owners) if owner == row]
+                    for name, part in rules[row].summed({n: g[rows] for n, g in stacked.items()}).items():
+                        sums[name][row].add_(part)
+                _add_rows(total, owners, losses.detach())
+        grads = {name: torch.empty_like(leaf) for name, leaf in self.stack.items()}
+        for row, rule in enumerate(rules):
+            noise = rule.noise({name: leaf[row] for name, leaf in self.stack.items()}, step)
+            for name, grad in grads.items():
+                grad[row] = (sums[name][row] + noise[name].to(device)) / rule.expected
+        given = self.given if len(self.active) == len(self.jobs) else {n: self._rows(t) for n, t in self.given.items()}
+        examples = [[self.examples[k][place] for place in places] for k, places in zip(self.active, drawn, strict=True)]
+        return [examples], self._ruled(grads, given), total
 
     def _rows(self, tree: Tensors) -> Tensors:
         """The rows of the clients that still train."""
@@ -310,6 +365,11 @@ def _merged(parts: Sequence[Part]) -> Sequence[Part]:
     if len({part.client for part in parts}) > 1:
         return parts
     return [Part(parts[0].client, tuple(sorted(row for part in parts for row in part.rows)))]
+
+
+def _pieces(places: list[int], limit: int | None) -> list[list[int]]:
+    """`places` in runs of at most `limit`."""
+    return [places] if limit is None else [places[at : at + limit] for at in range(0, len(places), limit)]
 
 
 def _taken(tree: Tensors, owners: Sequence[int]) -> Tensors:

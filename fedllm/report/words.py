@@ -42,7 +42,13 @@ def bytes_text(size: float | None) -> str:
 
 
 def sentences(table: Mapping[str, Any]) -> list[str]:
-    """Two sentences: what the federation reached against base and local, and against pooled data and at what cost."""
+    """What the federation reached against base and local, against pooled data and at what cost; what was promised."""
+    guard = table.get("guard") or {}
+    told = [f"Differential privacy: {guard['line']}"] if "line" in guard else []
+    return [*_compared(table), *told]
+
+
+def _compared(table: Mapping[str, Any]) -> list[str]:
     metric, name = table["metric"], NAMES.get(table["metric"], table["metric"])
     found = {row["model"]: row["pooled"].get(metric) for row in table["rows"]}
     if not table.get("finished", True):

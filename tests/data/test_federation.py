@@ -228,6 +228,11 @@ def test_clients_in_memory():
         Federation.of({"a": {"evl": []}})
 
 
+def test_rows_without_a_split_are_refused():
+    with pytest.raises(ConfigError, match=r"Client 'a' is given as a list.*Write \{\"train\": rows\}"):
+        Federation.of({"a": [{"x": 1}]})  # type: ignore[dict-item]
+
+
 def test_unknown_clients_and_splits_name_the_nearest():
     federation = build(rows(40))
     with pytest.raises(DataError, match=r"no client 'client-9'.*Did you mean 'client-\d'"):

@@ -1,0 +1,95 @@
+"""Guard - what stands between a client's data, its upload and the method: privacy, secure sums, robust rules.
+
+A method says how uploads become one update; a guard may choose who is asked, change or refuse each upload, and form
+the update in another way. At a client it may say how training is done on single examples. The guard of a run is chosen
+by its recipe; :class:`Guard` changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy
+import torch
+
+from fedllm.core.message import Json
+from fedllm.core.reducer import Reduction
+from fedllm.core.tensors import Tensors
+
+if TYPE_CHECKING:
+    from fedllm.core.method import Method
+    from fedllm.core.work import Request
+
+
+class Guard:
+    """No protection: the method's own cohort and its own reducers."""
+
+    def allow(self, op: str, client: str) -> None:
+        """Raise :class:`~fedllm.core.errors.ConfigError` where a client must not be asked for `op`."""
+
+    def stops(self, round: int) -> str | None:
+        """Why the run must end before this round; None where it may be played."""
+        return None
+
+    def cohort(
+        self, method: Method, round: int, clients: Sequence[str], size: int, rng: numpy.random.Generator
+    ) -> list[str]:
+        """Who is asked; see :meth:`fedllm.core.method.Method.cohort`."""
+        return method.cohort(round, clients, size, rng)
+
+    def begin(self, method: Method, expected: Mapping[str, Tensors], round: int) -> Reduction:
+        """Take the uploads of a round; `expected` is the method's (part -> names and shapes)."""
+        return Reduction(method.reducer, expected)
+
+    def told(self) -> Json:
+        """What a user should see of it after a round; None where there is nothing."""
+        return None
+
+    def report(self) -> list[str]:
+        """What it guarantees, line by line, for the report of a run."""
+        return []
+
+    def to_json(self) -> Json:
+        """What a checkpoint keeps of it."""
+        return None
+
+    def restore(self, facts: Json) -> None:
+        """Go on from :meth:`to_json`."""
+
+
+class PrivateFit(Protocol):
+    """How one fit of one client treats single examples (DP-SGD): who is drawn, how far one reaches, what noise.
+
+    Attributes:
+        bound: the largest Euclidean norm of one example's gradient, over all tensors together.
+        expected: examples of a step on average, by which the noised sum is divided.
+    """
+
+    bound: float
+    expected: float
+
+    def draw(self, count: int, step: int) -> list[int]:
+        """The numbers, of `count` examples, of those in a step; may be empty."""
+        ...
+
+    def summed(self, stacked: Mapping[str, torch.Tensor]) -> Tensors:
+        """The sum over the first axis of gradients [B, ...], each clipped; float64."""
+        ...
+
+    def noise(self, like: Mapping[str, torch.Tensor], step: int) -> Tensors:
+        """The noise on the sum of a step, in the shapes of `like`; float64 on the CPU."""
+        ...
+
+
+class ClientGuard(Protocol):
+    """What a guard does where the data is."""
+
+    def fit(self, client: str, round: int, number: int, count: int, request: Request) -> PrivateFit:
+        """How the `number`-th piece of work that a client half asks for in `work` is done on `count` examples.
+
+        Raises:
+            ConfigError: work whose result no noise would cover.
+            BudgetSpent: it would pass the client's budget.
+        """
+        ...

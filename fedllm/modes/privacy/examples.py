@@ -1,0 +1,176 @@
+"""Examples - differential privacy of single examples: every client trains by DP-SGD (Abadi et al. 2016, algorithm 1).
+
+    examples of a step, each by its own coin --> gradients --clip each to C--> sum --+ N(0, (z C)^2)--> / expected batch
+
+Clients noise their own gradients, so the guarantee holds against the server too, and for everything that is made of
+what they upload. A client half may train and nothing else: other work on its rows would leave without noise, and so
+would its training loss, which is not sent. The noise is solved for the client with the fewest examples, whose examples
+are drawn most often; all others spend less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedllm.core.errors import ConfigError, RunError
+from fedllm.core.guard import Guard
+from fedllm.core.message import Json
+from fedllm.core.tensors import Tensors
+from fedllm.core.train import Train
+from fedllm.core.work import Fit, Request
+from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, solve
+from fedllm.modes.privacy.ledger import Ledger, assumptions
+from fedllm.modes.privacy.mechanism import NoiseSource, clip_each, noise, poisson
+
+if TYPE_CHECKING:
+    from fedllm.modes.privacy.settings import PrivacySettings
+
+
+class Examples(Guard):
+    """The privacy of examples in one run; also the guard at its clients.
+
+    Args:
+        settings: the recipe's section `privacy`.
+        sizes: client -> its number of examples.
+        train: local training of the method.
+        rounds: rounds of the run.
+        seed: the run's seed, for `key: seed`.
+
+    Attributes:
+        ledger: what each client has spent.
+        noise: standard deviation of the noise on a step's sum as a multiple of the clipping bound.
+
+    Raises:
+        ConfigError: settings that cannot be kept with this training or these clients.
+    """
+
+    def __init__(
+        self, settings: PrivacySettings, sizes: Mapping[str, int], train: Train, rounds: int, seed: int
+    ) -> None:
+        if train.accumulate != 1:
+            raise ConfigError(
+                f"train.accumulate={train.accumulate} with privacy.level=example.",
+                "A step draws its examples by coins and cuts its own passes.",
+                action=f"Set train.accumulate=1 and train.batch_size={train.batch_size * train.accumulate}.",
+            )
+        self.settings, self.sizes, self.train = settings, dict(sizes), train
+        if settings.noise is not None:
+            self.noise = settings.noise
+        else:
+            smallest = min((n for n in self.sizes.values() if n), default=1)
+            steps = max(rounds * train.step_count(n) for n in self.sizes.values())
+            self.noise = solve(
+                lambda z: [(self.event(smallest, z), steps)], settings.epsilon or math.inf, settings.delta
+            )
+        self.source = NoiseSource.from_seed(seed) if settings.key == "seed" else NoiseSource.secret()
+        event = self.event(max(self.sizes.values(), default=1), self.noise)
+        told = assumptions("example", event, noised_by="client", seeded=settings.key == "seed")
+        self.ledger = Ledger(
+            "example",
+            settings.delta,
+            settings.epsilon,
+            max(self.sizes.values(), default=1),
+            (*told, "How many examples a client has is public."),
+        )
+
+    def event(self, count: int, noise: float) -> Event:
+        """One step of a client with `count` examples."""
+        if self.settings.sampling == "poisson":
+            return Sampled(noise, self.rate(count))
+        return FixedSize(noise, self.batch(count), count)
+
+    def rate(self, count: int) -> float:
+        """The chance of an example to be in a step."""
+        return min(1.0, self.train.batch_size / count if self.settings.rate is None else self.settings.rate)
+
+    def batch(self, count: int) -> int:
+        """Examples of a step of fixed size."""
+        return max(1, min(count, round(self.rate(count) * count)))
+
+    # -- at a client --------------------------------------------------------------------------------------------------
+
+    def fit(self, client: str, round: int, number: int, count: int, request: Request) -> DrawnFit:
+        """See :class:`~fedllm.core.guard.ClientGuard`."""
+        if not isinstance(request, Fit) or request.split != "train" or request.terms or request.targets:
+            what = "a fit of other kind" if isinstance(request, Fit) else f"'{type(request).__name__.lower()}'"
+            raise ConfigError(
+                f"The client half asks for {what}, whose result no noise covers.",
+                "With privacy.level=example, clients train on their own rows and do nothing else with them.",
+                "fedavg",
+                "Choose another method, or set privacy.level=client.",
+            )
+        steps = request.train.step_count(count)
+        self.ledger.spend(f"round {round}, fit {number}", self.event(count, self.noise), steps, client)
+        return DrawnFit(self, (client, round, number), self.settings.clip, self._expected(count))
+
+    def _expected(self, count: int) -> float:
+        return self.rate(count) * count if self.settings.sampling == "poisson" else float(self.batch(count))
+
+    # -- guard --------------------------------------------------------------------------------------------------------
+
+    def stops(self, round: int) -> str | None:
+        """No client may train any more."""
+        steps = self.train.step_count
+        if any(
+            self.ledger.may(f"round {round}, fit 0", self.event(n, self.noise), steps(n), client)
+            for client, n in self.sizes.items()
+            if n
+        ):
+            return None
+        return f"every client's privacy budget is spent: {self.ledger.summary()}"
+
+    def told(self) -> Json:
+        """What the client who has spent most has spent."""
+        spent = self.ledger.spent()
+        epsilon = spent.epsilon if math.isfinite(spent.epsilon) else None
+        facts = {"epsilon": epsilon, "delta": spent.delta, "budget": self.ledger.epsilon, "unit": self.ledger.unit}
+        return {**facts, "noise": self.noise, "clip": self.settings.clip, "line": self.ledger.summary()}
+
+    def report(self) -> list[str]:
+        """The whole guarantee, line by line."""
+        return self.ledger.report().splitlines()
+
+    def to_json(self) -> Json:
+        """The ledger and the key."""
+        return {"ledger": self.ledger.to_json(), "noise": self.noise, "key": self.source.key.hex()}
+
+    def restore(self, facts: Json) -> None:
+        """Go on with the ledger and the key of a checkpoint."""
+        try:
+            self.noise, self.source = float(facts["noise"]), NoiseSource(bytes.fromhex(facts["key"]))
+            self.ledger = Ledger.from_json(facts["ledger"])
+        except (KeyError, TypeError, ValueError) as fault:
+            raise RunError(
+                f"The checkpoint's account of privacy cannot be read: {fault}.",
+                action="Restore the file from a copy; what was spent cannot be guessed.",
+            ) from fault
+
+
+@dataclass(frozen=True)
+class DrawnFit:
+    """One fit; implements :class:`~fedllm.core.guard.PrivateFit`."""
+
+    guard: Examples
+    names: Sequence[str | int]
+    bound: float
+    expected: float
+
+    def draw(self, count: int, step: int) -> list[int]:
+        """By a coin of each, or without replacement."""
+        stream = self.guard.source.stream("examples", *self.names, step)
+        if self.guard.settings.sampling == "poisson":
+            return poisson(range(count), self.guard.rate(count), stream)
+        return sorted(stream.choice(count, size=self.guard.batch(count), replace=False).tolist())
+
+    def summed(self, stacked: Mapping[str, torch.Tensor]) -> Tensors:
+        """Clipped and added up."""
+        return clip_each(stacked, self.bound).total
+
+    def noise(self, like: Mapping[str, torch.Tensor], step: int) -> Tensors:
+        """Of standard deviation z C."""
+        return noise(like, self.guard.noise * self.bound, self.guard.source, "step", *self.names, step)

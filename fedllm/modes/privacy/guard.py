@@ -1,0 +1,42 @@
+"""Guard - the guard of a recipe's section `privacy`, by its level."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedllm.core.errors import ConfigError
+from fedllm.core.method import Method
+from fedllm.modes.privacy.central import Central
+from fedllm.modes.privacy.examples import Examples
+
+if TYPE_CHECKING:
+    from fedllm.modes.privacy.settings import PrivacySettings
+
+
+def guard_of(
+    settings: PrivacySettings, method: Any, sizes: Mapping[str, int], cohort: int, rounds: int, seed: int
+) -> Central | Examples:
+    """The guard that keeps to `settings`.
+
+    Args:
+        settings: the section.
+        method: what it stands around.
+        sizes: client -> its number of examples.
+        cohort: clients per round on average.
+        rounds: rounds of the run.
+        seed: the run's seed.
+
+    Raises:
+        ConfigError: what is refused, with the reason.
+    """
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"The protocol {method.key} exchanges more than one sum a round, and no noise covers that.",
+            "The section 'privacy' works with methods.",
+            "fedavg",
+            "Choose a method, or leave the section out.",
+        )
+    if settings.level == "client":
+        return Central(settings, method, len(sizes), cohort, rounds, seed)
+    return Examples(settings, sizes, method.train, rounds, seed)
