@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -267,22 +268,25 @@ def verify_claims(
         typer.Argument(metavar="KEY", help="A method.", autocompletion=complete.methods, show_default=False),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every method that has a check.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Checks at once; as many as there are processors by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check what a paper claims on a small task: claim beside measurement; leaves with 1 where it fails."""
     if (key is None) != every:
         raise typer.BadParameter("Give a method's key, or --all.", param_hint="KEY")
     with screen.loading("Loading libraries"):
-        from fedllm.effects import checks, verify
+        from fedllm.effects import checks, verify_all
 
         load_plugins()
-    found = []
-    for one in checks() if every else [str(key)]:
+    keys = checks() if every else [str(key)]
+    found, coming = [], verify_all(keys, jobs or min(os.cpu_count() or 1, 8))
+    for one in keys:
         with screen.loading(f"Checking {one}"):
-            evidence = verify(one)
-        found.append(evidence)
+            found.append(next(coming))
         if not as_json:
-            show_evidence(evidence)
+            show_evidence(found[-1])
     if as_json:
         screen.emit([{**vars(one)} for one in found])
     if any(one.passed is False for one in found):

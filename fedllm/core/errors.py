@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -35,6 +36,17 @@ class FedLLMError(Exception):
         self.given, self.allowed, self.nearest, self.action = given, allowed, nearest, action
         parts = [given, allowed, f"Did you mean '{nearest}'?" if nearest else "", action]
         super().__init__(" ".join(part for part in parts if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Subclasses whose constructors differ come through another process whole."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[FedLLMError], args: tuple[Any, ...], facts: dict[str, Any]) -> FedLLMError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
 
 
 class ConfigError(FedLLMError):

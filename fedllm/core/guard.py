@@ -26,7 +26,7 @@ class Guard:
     """No protection: the method's own cohort and its own reducers."""
 
     def allow(self, op: str, client: str) -> None:
-        """Raise :class:`~fedllm.core.errors.ConfigError` where a client must not be asked for `op`."""
+        """Raise :class:`~fedllm.core.errors.ModeConflict` where a client must not be asked for `op`."""
 
     def stops(self, round: int) -> str | None:
         """Why the run must end before this round; None where it may be played."""

@@ -7,6 +7,7 @@ import pytest
 from fedllm.cli import complete
 from fedllm.cli.catalogue import MARKS, entries
 from fedllm.cli.options import as_yaml, options, recipe_options
+from fedllm.core.errors import ConfigError
 from fedllm.core.train import Train
 from fedllm.methods import methods
 from fedllm.protocols import protocols
@@ -111,7 +112,7 @@ def test_verify_prints_claim_beside_measurement_and_leaves_with_1_where_it_fails
     monkeypatch.setattr(
         "fedllm.effects.verify", lambda key: Evidence(key, "More.", "It was 3.", passed[key], {"x": 3.0})
     )
-    shown = invoke("verify", "--all")
+    shown = invoke("verify", "--all", "--jobs", "1")
     assert shown.exit_code == 1
     assert shown.stdout.splitlines()[:3] == ["a: shown (0.0 s)", "  claim     More.", "  measured  It was 3."]
     assert "b: NOT shown" in shown.stdout
@@ -119,6 +120,15 @@ def test_verify_prints_claim_beside_measurement_and_leaves_with_1_where_it_fails
     monkeypatch.setattr("fedllm.effects.verify", kept)
     missing = invoke("verify", "c")
     assert missing.exit_code == 2 and "There is no effect check" in missing.stderr
+
+
+def test_checks_run_side_by_side_in_the_order_of_their_keys():
+    from fedllm.effects import verify_all
+
+    keys = ["scaffold", "fedyogi", "fedavgm"]
+    assert [evidence.key for evidence in verify_all(keys, 2)] == keys
+    with pytest.raises(ConfigError, match="There is no effect check"):
+        list(verify_all(["fedavgm", "fedavgmm"], 2))
 
 
 def test_recipes_are_listed_with_what_they_are_about():

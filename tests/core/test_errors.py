@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
 import pytest
 
 from fedllm.core import errors
-from fedllm.core.errors import ConfigError, FedLLMError, MissingExtra, nearest
+from fedllm.core.errors import ConfigError, FedLLMError, MissingExtra, UploadRejected, nearest
 
 
 def test_the_four_parts_in_their_order() -> None:
@@ -86,3 +87,13 @@ def test_errors_import_nothing_heavy() -> None:
     code = "import sys, fedllm.core.errors; print(sorted({'torch','transformers','numpy'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == "[]", f"importing fedllm.core.errors imports {found}"
+
+
+def test_errors_come_through_another_process_whole() -> None:
+    for fault in (
+        ConfigError.unknown("method", "fedavgg", ["fedavg"]),
+        MissingExtra("peft", "peft", "Exporting an adapter"),
+        UploadRejected("It is late."),
+    ):
+        again = pickle.loads(pickle.dumps(fault))
+        assert type(again) is type(fault) and str(again) == str(fault) and vars(again) == vars(fault)

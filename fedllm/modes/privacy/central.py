@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from fedllm.core.errors import ConfigError, RunError, UploadRejected
+from fedllm.core.errors import ConfigError, ModeConflict, RunError, UploadRejected
 from fedllm.core.guard import Guard
 from fedllm.core.message import Dense, Json, Upload
 from fedllm.core.method import Method
@@ -98,7 +98,7 @@ class Central(Guard):
     def allow(self, op: str, client: str) -> None:
         """Only `work` is noised and only measurements are left out of the account."""
         if client != SERVER and op not in ("work", *MEASURING):
-            raise ConfigError(
+            raise ModeConflict(
                 f"The method asks clients for '{op}', whose answers no noise covers.",
                 "With the section 'privacy', clients answer 'work' and measurements alone.",
                 action="Choose a method that asks for nothing else, or leave the section out.",
@@ -228,7 +228,7 @@ class _Private(Reduction):
         self.central, self.round, self.bits = central, round, 0.0
         unknown = next((name for name in self.reducers if name not in self.expected), None)
         if unknown is not None:
-            raise ConfigError(
+            raise ModeConflict(
                 f"The method does not say what the part '{unknown}' looks like, so nothing could be published where "
                 "nobody came.",
                 action="Choose another method, or leave the section 'privacy' out.",
@@ -268,26 +268,26 @@ def check(method: Method) -> None:
     """Refuse a method whose round cannot be made private by noising one sum.
 
     Raises:
-        ConfigError: with the reason and what would do.
+        ModeConflict: with the reason and what would do.
     """
     reducers = method.reducer
     parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
     for part, reducer in parts.items():
         if type(reducer) is not Mean:
-            raise ConfigError(
+            raise ModeConflict(
                 f"The method {method.key} reduces the part '{part}' by {type(reducer).__name__}, which no noise on a "
                 "sum makes private.",
                 "With the section 'privacy', every part is reduced by a mean.",
                 "fedavg",
             )
         if reducer.weighting != "uniform":
-            raise ConfigError(
+            raise ModeConflict(
                 f"The method {method.key} weighs uploads by their examples, whose number is a secret of each client.",
                 "With the section 'privacy', all clients count alike.",
                 action="Set method.weighting=uniform.",
             )
     if type(method).cohort is not Method.cohort:
-        raise ConfigError(
+        raise ModeConflict(
             f"The method {method.key} chooses its cohort itself.",
             "With the section 'privacy', clients are drawn as it is accounted.",
             action="Choose another method, or leave the section out.",

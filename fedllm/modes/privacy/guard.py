@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedllm.core.errors import ConfigError
+from fedllm.core.errors import ModeConflict
 from fedllm.core.method import Method
 from fedllm.modes.privacy.central import Central
 from fedllm.modes.privacy.examples import Examples
@@ -28,10 +28,11 @@ def guard_of(
         seed: the run's seed.
 
     Raises:
-        ConfigError: what is refused, with the reason.
+        ModeConflict: with this method, with the reason.
+        ConfigError: what cannot be kept otherwise.
     """
     if not isinstance(method, Method):
-        raise ConfigError(
+        raise ModeConflict(
             f"The protocol {method.key} exchanges more than one sum a round, and no noise covers that.",
             "The section 'privacy' works with methods.",
             "fedavg",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.core.errors import ConfigError
+from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.guard import Guard
 from fedllm.core.tensors import Tensors
 from fedllm.effects.rig import Play
@@ -213,7 +213,7 @@ def test_the_guarantee_is_told_in_words():
     ],
 )
 def test_a_method_whose_sum_cannot_be_noised_is_refused(key: str, options: dict[str, Any], reason: str):
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ModeConflict, match=reason):
         check(find(key)(**options))
 
 
@@ -222,7 +222,7 @@ def test_other_questions_to_clients_are_refused():
     for op in ("work", "evaluate", "evaluate_base"):
         guard.allow(op, "c01")
     guard.allow("train_public", "server")
-    with pytest.raises(ConfigError, match="no noise covers"):
+    with pytest.raises(ModeConflict, match="no noise covers"):
         guard.allow("statistics", "c01")
     Guard().allow("statistics", "c01")
 
@@ -236,7 +236,6 @@ def test_a_delta_that_would_publish_a_client_is_refused():
 
 
 def test_a_run_ends_where_the_budget_does_and_resumes_to_the_same(tmp_path: Path):
-    from fedllm.core.errors import RunError
     from fedllm.run import Watch, resume, run
 
     data = {f"c{k}": {"train": [{"text": f"row {i} of {k}"} for i in range(3)]} for k in range(4)}
@@ -261,6 +260,6 @@ def test_a_run_ends_where_the_budget_does_and_resumes_to_the_same(tmp_path: Path
     for name, tensor in whole.state.params.items():
         assert torch.equal(tensor, parts.state.params[name])
     assert any("Differential privacy: epsilon" in text for text in whole.sentences)
-    with pytest.raises((RunError, ConfigError)):
+    with pytest.raises(ModeConflict):
         run({**recipe, "method": "fedavg"}, data=data, folder=tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

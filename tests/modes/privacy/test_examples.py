@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.core.errors import BudgetSpent, ConfigError
+from fedllm.core.errors import BudgetSpent, ConfigError, ModeConflict
 from fedllm.core.message import Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.tensors import Tensors
@@ -257,5 +257,5 @@ def test_both_levels_are_refused_for_protocols():
     from fedllm.modes.privacy.guard import guard_of
     from fedllm.protocols import protocols
 
-    with pytest.raises(ConfigError, match="protocol"):
+    with pytest.raises(ModeConflict, match="protocol"):
         guard_of(settings(), protocols()["fedbert"](accept_leak=True), {"a": 8}, 1, 1, 0)
