@@ -19,6 +19,7 @@ from fedllm.data.settings import DataSettings
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.settings import ModelSettings
 from fedllm.modes.privacy.settings import PrivacySettings
+from fedllm.modes.secagg.settings import SecureSettings
 from fedllm.modes.settings import CodecSettings
 from fedllm.report.tracking import Tracking
 from fedllm.tasks.settings import TaskSettings
@@ -101,6 +102,8 @@ class Recipe(BaseModel):
     """Kinds of clients with models, ranks or devices of their own; none: all clients are alike."""
     privacy: PrivacySettings | None = None
     """Differential privacy; null: none."""
+    secure: SecureSettings | None = None
+    """Secure aggregation; null: the server sees every upload."""
     codec: CodecSettings = CodecSettings()
     """How uploads are coded; as they are by default."""
     data: DataSettings = DataSettings()

@@ -115,12 +115,11 @@ class Ground:
         self, method: Algorithm, private: Path | None = None, debug: bool = False, guard: Guard | None = None
     ) -> LocalWorker:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
-        at_clients = guard if hasattr(guard, "fit") else None
         left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
         rows, seed = Pooled(self.federation), self.recipe.seed
         coder = codec_of(self.recipe) if isinstance(method, Method) else None
         groups = self.roster, self.learners
-        return LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, at_clients)
+        return LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, guard)
 
 
 @dataclass(frozen=True)
@@ -311,12 +310,16 @@ def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
 
 def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: int) -> Guard:
     """What the recipe puts between uploads and its method."""
-    if recipe.privacy is None:
-        return Guard()
-    from fedllm.modes.privacy import guard
+    sizes, found = {client: federation.size(client) for client in federation.client_ids}, Guard()
+    if recipe.privacy is not None:
+        from fedllm.modes.privacy.guard import guard_of as private
 
-    sizes = {client: federation.size(client) for client in federation.client_ids}
-    return guard.guard_of(recipe.privacy, method, sizes, cohort, recipe.rounds, recipe.seed)
+        found = private(recipe.privacy, method, sizes, cohort, recipe.rounds, recipe.seed)
+    if recipe.secure is not None:
+        from fedllm.modes.secagg.compose import secured
+
+        found = secured(recipe.secure, method, found, sizes, cohort, recipe.codec.idle)
+    return found
 
 
 def codec_of(recipe: Recipe) -> Codec | None:

@@ -7,18 +7,20 @@ by its recipe; :class:`Guard` changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy
 import torch
 
-from fedllm.core.message import Json
+from fedllm.core.errors import UploadRejected
+from fedllm.core.message import Json, Received, Upload
 from fedllm.core.reducer import Reduction
 from fedllm.core.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedllm.core.method import Method
+    from fedllm.core.server import Server
     from fedllm.core.work import Request
 
 
@@ -41,6 +43,46 @@ class Guard:
     def begin(self, method: Method, expected: Mapping[str, Tensors], round: int) -> Reduction:
         """Take the uploads of a round; `expected` is the method's (part -> names and shapes)."""
         return Reduction(method.reducer, expected)
+
+    async def collect(
+        self,
+        server: Server,
+        method: Method,
+        payloads: Iterable[tuple[str, Received]],
+        reduction: Reduction,
+        deadline: float | None,
+    ) -> str | None:
+        """Ask the cohort for `work` and add what comes to `reduction`; why the round has failed, or None."""
+        async for answer in server.ask(method.work, payloads, deadline):
+            try:
+                name = f"{answer.client}@{server.turn}" if server.turn else answer.client
+                reduction.add(name, answer.upload)
+            except UploadRejected as fault:
+                server.reject(answer.client, str(fault))
+        return None
+
+    # -- at a client --------------------------------------------------------------------------------------------------
+
+    hides: ClassVar[bool] = False
+    """Whether a client half may not read its rows in `work`, nor send measurements of them."""
+
+    def fit(self, client: str, round: int, number: int, count: int, request: Request) -> PrivateFit | None:
+        """How the `number`-th piece of work that a client half asks for in `work` is done on `count` examples.
+
+        Returns:
+            None where single examples are not private.
+
+        Raises:
+            ModeConflict: work whose result no noise would cover.
+            BudgetSpent: it would pass the client's budget.
+        """
+        return None
+
+    async def work(self, function: Callable[..., Any], algorithm: object, client: Any, received: Received) -> Upload:
+        """Run a client half's `work`, alone or as a part of a longer conversation with the server."""
+        return await function(algorithm, client, received)
+
+    # -- what is told and kept ----------------------------------------------------------------------------------------
 
     def told(self) -> Json:
         """What a user should see of it after a round; None where there is nothing."""
@@ -79,17 +121,4 @@ class PrivateFit(Protocol):
 
     def noise(self, like: Mapping[str, torch.Tensor], step: int) -> Tensors:
         """The noise on the sum of a step, in the shapes of `like`; float64 on the CPU."""
-        ...
-
-
-class ClientGuard(Protocol):
-    """What a guard does where the data is."""
-
-    def fit(self, client: str, round: int, number: int, count: int, request: Request) -> PrivateFit:
-        """How the `number`-th piece of work that a client half asks for in `work` is done on `count` examples.
-
-        Raises:
-            ConfigError: work whose result no noise would cover.
-            BudgetSpent: it would pass the client's budget.
-        """
         ...

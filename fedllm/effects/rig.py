@@ -52,8 +52,8 @@ class Play:
     ) -> None:
         self.method = method
         federation = Federation.of({client: {"train": list(held), "eval": []} for client, held in rows.items()})
-        guard, at_clients = guard or Guard(), guard if hasattr(guard, "fit") else None
-        self.worker = LocalWorker(learner, method, federation, seed, guard=at_clients)  # pyright: ignore
+        guard = guard or Guard()
+        self.worker = LocalWorker(learner, method, federation, seed, guard=guard)
         ids = federation.client_ids
         self.server = Server(LocalEngine(self.worker, ids, width or len(ids)), seed, rounds=rounds, guard=guard)
         self.cohort = cohort or len(ids)

@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError
-from fedllm.core.guard import ClientGuard
+from fedllm.core.guard import Guard
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
@@ -67,7 +67,7 @@ class LocalWorker:
         learners: models of groups that have one of their own, by the group's name.
         left: trainable tensors of the learner that this algorithm does not know; they stay at their first values.
         coder: codes the uploads of `work`; None leaves them as they are.
-        guard: keeps single examples private in `work`; None where they are not.
+        guard: what it does at clients in `work`.
 
     Attributes:
         width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
@@ -85,12 +85,12 @@ class LocalWorker:
         learners: Mapping[str, Learner] | None = None,
         left: Collection[str] = (),
         coder: Coder | None = None,
-        guard: ClientGuard | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.learner, self.algorithm, self.rows, self.seed = learner, algorithm, rows, seed
         self.debug, self.roster, self.learners, self.left = debug, roster or {}, learners or {}, frozenset(left)
         self.functions = algorithm.client_functions()
-        self.guard = guard
+        self.guard = guard or Guard()
         self.coder, self.width = coder, Width(1, "nobody asked for more")
         kept = () if coder is None else (coder.memory_name,)
         self.private = PrivateStore((*algorithm.private, *kept), private_folder)
@@ -134,7 +134,7 @@ class LocalWorker:
         waits = isinstance(outcome, Exchange)
         try:
             upload = _upload(outcome.upload if waits else outcome)
-            if self.guard is not None and turn.op == "work":
+            if self.guard.hides and turn.op == "work":
                 upload.metrics = {}  # the loss of training is not noised
             body = encode(self._coded(turn, upload))
         except Exception as fault:
@@ -185,7 +185,7 @@ class LocalWorker:
         function = self.functions.get(request.op)
         if function is None:
             raise ConfigError.unknown("client-side function", request.op, self.functions)
-        name, guarded = request.client, self.guard if request.op == "work" else None
+        name, guard = request.client, self.guard if request.op == "work" else Guard()
         learner = self.learner_of(name)
         client = TurnClient(
             name,
@@ -195,23 +195,23 @@ class LocalWorker:
             request.population,
             self.private.open(name),
             self.seed,
-            _unseen if guarded else lambda split: self.read(name, split),
+            _unseen if guard.hides else lambda split: self.read(name, split),
             lambda: {n: t for n, t in learner.initial().items() if self._moves(n)},
-            _unseen if guarded else self._reader(name),
+            _unseen if guard.hides else self._reader(name),
             partial(halves, learner),
             self.group(name),
             request.turn,
         )
 
         async def play() -> Upload:
-            return await function(self.algorithm, client, _received(request))
+            return await guard.work(function, self.algorithm, client, _received(request))
 
         asked = itertools.count()
 
         def job(work: Work) -> Job:
             place, noised = (name, self.seed, client.round, request.rounds), None
-            if guarded is not None:
-                noised = guarded.fit(name, client.round, next(asked), len(self._reader(name)("train")), work)
+            if guard.hides:
+                noised = guard.fit(name, client.round, next(asked), len(self._reader(name)("train")), work)
             others = self._others(learner, bound_names(work))
             return Job(work, *place, self._reader(name), others, self.width.passes, noised)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedllm.core.errors import UploadRejected
 from fedllm.core.message import Json, Received
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
@@ -70,12 +69,10 @@ async def play_round(
             record.cohort += cohort
         server.turn = server.turn + 1 if more.again else 0
         shown = replace(state, numbers={**state.numbers, **more.numbers})
-        async for answer in server.ask(method.work, _payloads(method, shown, server, cohort), deadline):
-            try:
-                name = f"{answer.client}@{server.turn}" if server.turn else answer.client
-                reduction.add(name, answer.upload)
-            except UploadRejected as fault:
-                server.reject(answer.client, str(fault))
+        payloads = _payloads(method, shown, server, cohort)
+        record.failed = await server.guard.collect(server, method, payloads, reduction, deadline)
+        if record.failed is not None:
+            break
         update = reduction.result(len(server.clients))
         if update.clients == 0:
             record.failed = "no usable upload arrived"

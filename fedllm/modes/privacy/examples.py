@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedllm.core.errors import ConfigError, RunError
+from fedllm.core.errors import ConfigError, ModeConflict, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.message import Json
 from fedllm.core.tensors import Tensors
@@ -94,11 +94,13 @@ class Examples(Guard):
 
     # -- at a client --------------------------------------------------------------------------------------------------
 
+    hides = True
+
     def fit(self, client: str, round: int, number: int, count: int, request: Request) -> DrawnFit:
-        """See :class:`~fedllm.core.guard.ClientGuard`."""
+        """See :class:`~fedllm.core.guard.Guard`."""
         if not isinstance(request, Fit) or request.split != "train" or request.terms or request.targets:
             what = "a fit of other kind" if isinstance(request, Fit) else f"'{type(request).__name__.lower()}'"
-            raise ConfigError(
+            raise ModeConflict(
                 f"The client half asks for {what}, whose result no noise covers.",
                 "With privacy.level=example, clients train on their own rows and do nothing else with them.",
                 "fedavg",

@@ -1,0 +1,54 @@
+"""Compose - a secure sum together with the other modes of a recipe, or why they do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedllm.core.errors import ConfigError, ModeConflict
+from fedllm.core.guard import Guard
+from fedllm.modes.privacy.central import Central
+from fedllm.modes.secagg.guard import SecureSum, weighting_of
+from fedllm.modes.secagg.settings import SecureSettings
+
+
+def secured(
+    settings: SecureSettings, method: Any, inner: Guard, sizes: Mapping[str, int], cohort: int, plain: bool
+) -> SecureSum:
+    """The guard of a recipe's section `secure`.
+
+    Args:
+        settings: the section.
+        method: what it stands around.
+        inner: the guard of the other sections.
+        sizes: client -> its number of examples.
+        cohort: clients per round on average.
+        plain: whether uploads are not coded.
+
+    Raises:
+        ModeConflict: with another mode, with the reason.
+        ConfigError: weights beyond the settings.
+    """
+    if not plain:
+        raise ModeConflict(
+            "The sections 'secure' and 'codec' are both given.",
+            "A secure sum rounds and packs uploads itself (secure.precision).",
+            action="Leave one of them out.",
+        )
+    central = inner if isinstance(inner, Central) else None
+    if central is None and type(inner) is not Guard:
+        raise ModeConflict(
+            "The section 'secure' with privacy.level=example: what clients keep private they do themselves.",
+            "Together with a secure sum the server noises the sum.",
+            action="Set privacy.level=client, or leave one of them out.",
+        )
+    largest = max(sizes.values(), default=0)
+    if weighting_of(method) == "examples" and largest > settings.max_weight:
+        raise ConfigError(
+            f"The method {method.key} weighs uploads by their examples, up to {largest}, and secure.max_weight="
+            f"{settings.max_weight:g}.",
+            "A weight stands in the sum as a share of the largest one allowed.",
+            action=f"Set secure.max_weight={largest}, or method.weighting=uniform.",
+        )
+    coins = central is not None and central.settings.mechanism == "gaussian" and central.settings.sampling == "poisson"
+    return SecureSum(settings, method, len(sizes) if coins else min(cohort, len(sizes)), central)
