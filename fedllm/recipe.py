@@ -104,6 +104,10 @@ class Recipe(BaseModel):
     """Differential privacy; null: none."""
     secure: SecureSettings | None = None
     """Secure aggregation; null: the server sees every upload."""
+    defence: dict[str, Any] = {}
+    """A robust rule in place of the mean: its name and options; {}: none."""
+    attack: dict[str, Any] = {}
+    """What a share of the clients does to harm the run: its name and options; {}: nothing. For experiments."""
     codec: CodecSettings = CodecSettings()
     """How uploads are coded; as they are by default."""
     data: DataSettings = DataSettings()

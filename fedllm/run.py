@@ -319,6 +319,10 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
         from fedllm.modes.secagg.compose import secured
 
         found = secured(recipe.secure, method, found, sizes, cohort, recipe.codec.idle)
+    if recipe.defence or recipe.attack:
+        from fedllm.modes.robust import robust_guard
+
+        found = robust_guard(recipe.attack, recipe.defence, found, method, list(sizes), recipe.rounds, recipe.seed)
     return found
 
 
@@ -536,7 +540,8 @@ class Leg:
             return
         private = self.worker.private
         guard, length = self.server.guard.to_json(), self.folder.metrics_bytes()
-        checkpoint = Checkpoint(self.state, self.server.meter, private.manifest(), length, done, guard)
+        kept = private.manifest(), length, done, guard, self.server.guard.memory()
+        checkpoint = Checkpoint(self.state, self.server.meter, *kept)
         self.folder.save(self.name, checkpoint)
         private.prune(self.folder.manifests(self.name))
 
@@ -547,8 +552,8 @@ class Leg:
             return False
         self.state, self.server.meter = checkpoint.state, checkpoint.meter
         self.worker.private.restore(checkpoint.private)
-        if checkpoint.guard is not None:
-            self.server.guard.restore(checkpoint.guard)
+        if checkpoint.guard is not None or checkpoint.remembered:
+            self.server.guard.restore(checkpoint.guard, checkpoint.remembered)
         if not checkpoint.done:
             self.folder.cut_metrics(checkpoint.metrics_bytes)
         return checkpoint.done

@@ -78,6 +78,10 @@ class Guard:
         """
         return None
 
+    def rows(self, client: str, split: str, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """What a client has for its rows of a split."""
+        return rows
+
     async def work(self, function: Callable[..., Any], algorithm: object, client: Any, received: Received) -> Upload:
         """Run a client half's `work`, alone or as a part of a longer conversation with the server."""
         return await function(algorithm, client, received)
@@ -96,8 +100,12 @@ class Guard:
         """What a checkpoint keeps of it."""
         return None
 
-    def restore(self, facts: Json) -> None:
-        """Go on from :meth:`to_json`."""
+    def memory(self) -> Tensors:
+        """Tensors that a checkpoint keeps of it."""
+        return {}
+
+    def restore(self, facts: Json, memory: Tensors) -> None:
+        """Go on from :meth:`to_json` and :meth:`memory`."""
 
 
 class PrivateFit(Protocol):

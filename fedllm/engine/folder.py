@@ -11,13 +11,14 @@ import errno
 import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedllm.core.errors import DecodeError, RunError
-from fedllm.core.message import Json, Message
+from fedllm.core.message import Dense, Json, Message
 from fedllm.core.meter import Meter
 from fedllm.core.state import State
+from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode, encode
 from fedllm.engine import durable
 
@@ -35,6 +36,7 @@ class Checkpoint:
     metrics_bytes: int
     done: bool
     guard: Json = None
+    remembered: Tensors = field(default_factory=dict)
 
 
 class RunFolder:
@@ -128,6 +130,8 @@ class RunFolder:
             "done": checkpoint.done,
             "guard": checkpoint.guard,
         }
+        if checkpoint.remembered:
+            message.parts["guard"] = Dense(checkpoint.remembered)
         folder = self.path / "checkpoints" / leg
         self._write(folder / f"round-{checkpoint.state.round:06d}.safetensors", encode(message))
         for old in sorted(folder.glob("round-*.safetensors"))[:-KEPT]:
@@ -165,6 +169,7 @@ def _checkpoint(message: Message) -> Checkpoint:
         int(facts["metrics_bytes"]),
         bool(facts["done"]),
         facts.get("guard"),
+        message["guard"] if "guard" in message.parts else {},
     )
 
 

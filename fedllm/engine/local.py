@@ -177,7 +177,9 @@ class LocalWorker:
 
     def read(self, client: str, split: str) -> Sequence[Mapping[str, Any]]:
         """The rows of a client's split; `public` is the same for everybody."""
-        return self.rows.rows(SERVER, "train") if split == PUBLIC else self.rows.rows(client, split)
+        if split == PUBLIC:
+            return self.rows.rows(SERVER, "train")
+        return self.guard.rows(client, split, self.rows.rows(client, split))
 
     def _turn(self, request: Request) -> Turn:
         if request.session is not None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from fedllm.core.errors import ConfigError, UploadRejected
 from fedllm.core.message import Json, Received
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
@@ -73,7 +74,11 @@ async def play_round(
         record.failed = await server.guard.collect(server, method, payloads, reduction, deadline)
         if record.failed is not None:
             break
-        update = reduction.result(len(server.clients))
+        try:
+            update = reduction.result(len(server.clients))
+        except (ConfigError, UploadRejected) as fault:  # a rule that so few uploads do not suffice for
+            record.failed = str(fault)
+            break
         if update.clients == 0:
             record.failed = "no usable upload arrived"
             break

@@ -144,7 +144,7 @@ class Central(Guard):
             "ledger": self.ledger.to_json(), "bound": self.bound, "noise": self.noise, "key": self.source.key.hex(),
         }  # fmt: skip
 
-    def restore(self, facts: Json) -> None:
+    def restore(self, facts: Json, memory: Tensors | None = None) -> None:
         """Go on with the ledger, the bound and the key of a checkpoint."""
         try:
             self.bound, self.noise = float(facts["bound"]), float(facts["noise"])

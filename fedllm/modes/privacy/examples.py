@@ -141,7 +141,7 @@ class Examples(Guard):
         """The ledger and the key."""
         return {"ledger": self.ledger.to_json(), "noise": self.noise, "key": self.source.key.hex()}
 
-    def restore(self, facts: Json) -> None:
+    def restore(self, facts: Json, memory: Tensors | None = None) -> None:
         """Go on with the ledger and the key of a checkpoint."""
         try:
             self.noise, self.source = float(facts["noise"]), NoiseSource(bytes.fromhex(facts["key"]))

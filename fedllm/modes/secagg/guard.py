@@ -176,10 +176,10 @@ class SecureSum(Guard):
         """What privacy keeps; a sum keeps nothing."""
         return None if self.central is None else self.central.to_json()
 
-    def restore(self, facts: Json) -> None:
+    def restore(self, facts: Json, memory: Tensors | None = None) -> None:
         """Go on with the privacy of a checkpoint."""
         if self.central is not None:
-            self.central.restore(facts)
+            self.central.restore(facts, memory)
 
 
 async def _led(
