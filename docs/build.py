@@ -30,6 +30,7 @@ def build(into: Path = DOCS, output: Path = OUTPUT, when: Path = DOCS / "when") 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from docs.of_combinations import matrix_page
     from docs.of_methods import map_page, method_page, methods_page
+    from docs.of_modes import modes_page
     from docs.of_modules import reference_pages
     from docs.of_options import commands_page, options_page
 
@@ -40,6 +41,7 @@ def build(into: Path = DOCS, output: Path = OUTPUT, when: Path = DOCS / "when") 
         "options.md": options_page(),
         "commands.md": commands_page(),
         "matrix.md": matrix_page(kinds),
+        "modes.md": modes_page(kinds),
         "methods/index.md": methods_page(kinds),
         **{f"methods/{key}.md": method_page(kind, evidence, when) for key, kind in kinds.items()},
         **reference_pages(),

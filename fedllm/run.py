@@ -420,15 +420,23 @@ class Leg:
         folder: the run folder.
         watch: is told what happens.
         debug: let exceptions inside client code through.
+        guard: what stands between uploads and the method; by default the run's for "federated", and nothing else.
     """
 
     def __init__(
-        self, name: str, method: Algorithm, ground: Ground, folder: RunFolder | None, watch: Watch, debug: bool = False
+        self,
+        name: str,
+        method: Algorithm,
+        ground: Ground,
+        folder: RunFolder | None,
+        watch: Watch,
+        debug: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self.name, self.method, self.ground, self.folder, self.watch = name, method, ground, folder, watch
         recipe = ground.recipe
         private = folder.private(name) if folder else None
-        guard = ground.guard if name == FEDERATED else Guard()
+        guard = guard or (ground.guard if name == FEDERATED else Guard())
         self.worker = ground.worker(method, private, debug, guard)
         engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)

@@ -37,11 +37,17 @@ def add_to(app: typer.Typer) -> None:
     app.command("recipes", rich_help_panel=panel)(list_recipes)
 
 
-def list_methods(as_json: Json = False) -> None:
+def list_methods(
+    modes: Annotated[bool, typer.Option("--modes", help="Which method goes with privacy, secure sums, ...")] = False,
+    as_json: Json = False,
+) -> None:
     """The survey's map: every method by topic, how far it is checked and what it works on."""
     with screen.loading("Reading the methods"):
         load_plugins()
         found = entries()
+    if modes:
+        list_modes([one["key"] for one in found], as_json)
+        return
     if as_json:
         screen.emit(found)
         return
@@ -50,6 +56,28 @@ def list_methods(as_json: Json = False) -> None:
     for status, sign in signs.items():
         screen.say(f"{sign} {status}: {MEANINGS[status]}", "dim")
     screen.say("sum: uploads may be added up in secret; sites: needs no data in one place", "dim")
+
+
+def list_modes(keys: list[str], as_json: bool) -> None:
+    """Method by mode: whether they go together, and below the table why not."""
+    from rich.table import Table
+
+    from fedllm.methods import methods
+    from fedllm.modes.matrix import MODES, verdicts
+    from fedllm.protocols import protocols
+
+    kinds = {**methods(), **protocols()}
+    found = {key: verdicts(kinds[key]) for key in keys}
+    if as_json:
+        screen.emit(found)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("method", *MODES):
+        table.add_column(name, no_wrap=True)
+    for key, reasons in found.items():
+        table.add_row(key, *("-" if reasons[mode] else "yes" for mode in MODES))
+    screen.show(table)
+    screen.say("-: refused before training; --json, and the page 'Modes' of the docs, say why", "dim")
 
 
 def entries() -> list[dict[str, Any]]:

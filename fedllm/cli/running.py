@@ -43,6 +43,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("resume", rich_help_panel=panel)(resume_run)
     app.command("compare", rich_help_panel=panel)(compare_methods)
     app.command("profit", rich_help_panel=panel)(measure_profit)
+    app.command("attack", rich_help_panel=panel)(attack_grid)
 
 
 def run_recipe(
@@ -153,6 +154,40 @@ def measure_profit(
 
     screen.show(screen.fitted(profit_table(found.rows, found.metric), screen.console().width))
     screen.say(f"Table: {found.folder / 'profit.md'}\nPicture: {found.folder / 'profit.svg'}")
+
+
+def attack_grid(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    attacked: Annotated[
+        str, typer.Option("--attacks", help="Names with commas; 'none' is always there.")
+    ] = "sign-flip",
+    defended: Annotated[str, typer.Option("--defences", help="Names with commas; 'none' is always there.")] = "none",
+    methods: Annotated[str, typer.Option(help="Keys with commas; the recipe's method where empty.")] = "",
+    folder: Annotated[Path | None, typer.Option(help="Where results are kept; given again, it goes on there.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attackers against defences: what they reach, and what a defence costs. For example: --attacks alie,backdoor"""
+    recipe, given = split_recipe(recipe, overrides)
+    grid = [[name.strip() for name in text.split(",") if name.strip()] for text in (attacked, defended, methods)]
+    with screen.loading("Loading libraries"):
+        from fedllm.attack import siege
+        from fedllm.cli.live import watcher
+
+        load_plugins()
+    cells = (1 + len(set(grid[0]) - {"none"})) * (1 + len(set(grid[1]) - {"none"})) * max(1, len(grid[2]))
+    watch = watcher(as_json=as_json, quiet=quiet, expected=cells)
+    with interruptible(watch, lambda: f"Go on with the same command and: --folder {watch.folder}"), watch:
+        found = siege(recipe, *grid, given, folder=folder, watch=watch)
+        watch.finished = True
+    if as_json:
+        screen.emit({"metric": found.metric, "rows": found.rows})
+        return
+    from fedllm.cli.tables import attack_table
+
+    screen.show(screen.fitted(attack_table(found.rows, found.metric), screen.console().width))
+    screen.say(f"Table: {found.folder / 'attack.md'}")
 
 
 def _numbers(option: str, text: str, kind: type) -> list[Any]:

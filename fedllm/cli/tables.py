@@ -75,6 +75,23 @@ def profit_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     return shown
 
 
+def attack_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
+    """Rows = method, attack and defence: the score, what it lost, and what the attacker reached."""
+    shown = Table(
+        title=f"{NAMES.get(metric, metric)} under attack",
+        caption="lost: against neither attack nor defence; without: the same goal, the same defence and no attacker",
+    )
+    for name in ("method", "attack", "defence"):
+        shown.add_column(name)
+    for name in (NAMES.get(metric, metric), "lost", "attacker's success", "without"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        numbers = [row["score"], row["lost"], row["success"], row["clean success"]]
+        cells = ["" if value is None else value_text(metric, value) for value in numbers]
+        shown.add_row(row["method"], row["attack"], row["defence"], *cells)
+    return shown
+
+
 def _grid(
     title: str, corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]
 ) -> Table:

@@ -74,7 +74,7 @@ class Defended(Guard):
     """
 
     def __init__(self, defence: Defence, method: Method, rounds: int, seed: int) -> None:
-        _check(defence.key, method)
+        check(defence.key, method)
         self.defence, self.rounds, self.seed = defence, rounds, seed
         self.remembered: Tensors | None = None
         self.seen: dict[str, Json] = {}
@@ -142,7 +142,7 @@ class Attacked(Guard):
     """
 
     def __init__(self, attack: Attack, inner: Guard, method: Method, clients: Sequence[str], seed: int) -> None:
-        _check(attack.key, method)
+        check(attack.key, method)
         self.attack, self.inner, self.seed = attack, inner, seed
         self.attackers = attack.attackers(clients, seed)
         self.before: torch.Tensor | None = None
@@ -276,12 +276,14 @@ def _added(server: Server, reduction: Reduction, client: str, upload: Upload) ->
         server.reject(client, str(fault))
 
 
-def _check(key: str, method: Any) -> None:
+def check(key: str, method: Any) -> None:
     """Refuse a method whose uploads are no vectors of one meaning."""
     if not isinstance(method, Method):
         raise ModeConflict(f"'{key}' works on the uploads of a method, and {method.key} is a protocol.", "", "fedavg")
     reducers = method.reducer
     parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
+    if not parts:
+        raise ModeConflict(f"The method {method.key} uploads nothing for '{key}' to work on.", "", "fedavg")
     for part, reducer in parts.items():
         if type(reducer) is not Mean:
             raise ModeConflict(

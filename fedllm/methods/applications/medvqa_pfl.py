@@ -38,6 +38,7 @@ class MedVQA(Method):
         claim="A client with unreliable data gets little weight at the others.",
         status="verified",
     )
+    only_fits = False
     adapters = ("prompt",)
 
     train: Train = Train(lr=0.05)

@@ -47,6 +47,7 @@ class FedBPT(Method):
         models=("causal-lm", "masked-lm", "sequence-classification", "token-classification"),
         status="verified",
     )
+    only_fits = False
     adapters = ("prompt",)
 
     subspace: Subspace = Subspace()  # pyright: ignore[reportCallIssue]

@@ -1,9 +1,8 @@
 """FedKSeed - every weight of the model is tuned, and a round trip is under 18 kilobytes whatever the model's size.
 
-A zeroth-order step moves along a direction that a seed regenerates, by a slope that is one number. With a finite pool
-of K seeds a whole run is K numbers: weight = first value - lr * sum_j A_j z(s_j). The server sends one master seed and
-A; a client rebuilds its weights, walks tau steps and sends (index, slope) pairs. FedKSeed-Pro draws seeds by how large
-their slopes were. The weights themselves never travel and lie nowhere but in the model.
+A zeroth-order step moves along a direction that a seed regenerates, by a slope that is one number. With a pool of K
+seeds a run is K numbers: weight = first value - lr * sum_j A_j z(s_j). The server sends a master seed and A; a client
+rebuilds its weights, walks tau steps and sends (index, slope) pairs. FedKSeed-Pro draws seeds by their slopes' size.
 
 Deviations: slopes are rounded to float32 before a client steps, so that what is replayed is what was walked. z comes
 from a table (blocks/zeroth.py). The server holds A in float64 and sends it as float32.
@@ -44,6 +43,7 @@ class FedKSeed(Method):
         claim="Full-parameter tuning with under 18 kB per client and round; accuracy rises with K and then saturates.",
         status="verified",
     )
+    only_fits = False
 
     train: Train = Train(steps=200, batch_size=1, lr=3e-7, optimizer="sgd", clip_norm=None)  # pyright: ignore
     """Local training: `steps` is tau. The rate is that of a language model with 10^9 weights; small ones need more."""

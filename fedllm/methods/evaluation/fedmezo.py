@@ -4,9 +4,8 @@ A local step draws a fresh direction z, takes the slope of the loss along it fro
 -lr_i * slope * z: memory is that of inference. Clients whose loss is larger (or whose change was further from the mean)
 get a larger rate: lr_i = lr + c * d_i / max_j |d_j|, where d_i is the client's signal less the mean signal.
 
-Deviations: every client draws seeds of its own. A signal is the client's last one, however many rounds ago. With
-`upload=pairs` a client sends (seed, lr_i * slope), 8 bytes a step, and the server takes the same steps. Signals are
-float64 (the published code keeps losses in half precision). A client without a signal has the base rate.
+Deviations: every client draws seeds of its own; signals are float64, and a client without one has the base rate. With
+`upload=pairs` a client sends (seed, lr_i * slope), 8 bytes a step, and the server takes the same steps.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ class FedMeZO(Method):
         claim="Trains in the memory of inference, and rates by client make the loss fall faster than one rate.",
         status="runs",
     )
+    only_fits = False
 
     train: Train = Train(steps=30, batch_size=1, lr=1e-5, optimizer="sgd", clip_norm=None)  # pyright: ignore
     """Local training; weight decay spares biases and norms."""

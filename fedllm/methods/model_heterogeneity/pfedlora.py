@@ -39,6 +39,7 @@ class PFedLoRA(Method):
         claim="Clients with different models gain from each other through the bridge alone (at most 1.35 points).",
         status="runs",
     )
+    only_fits = False
     private = ("model",)
     mixes = ("ranks", "models")
 

@@ -5,9 +5,8 @@ estimates until two halves of the pool differ little (variance-controlled pacing
 the same data; so an update costs more probes as gradients shrink. Devices may look at many candidate directions and
 keep those closest to the last pooled gradient (discriminative sampling), in every second update, as published.
 
-Deviations: variance and cosine are taken over all trainable tensors, not one or each; `relative` divides the variance
-by the mean square of the pooled gradient. Filtering inflates the step along the old gradient, as in the paper: lower
-the rate. At most `most` collections make an update. A pool of one contribution cannot be split and waits for more.
+Deviations: variance and cosine are over all trainable tensors; `relative` divides the variance by the mean square of
+the pooled gradient. Filtering inflates the step along the old gradient: lower the rate. A pool of one waits for more.
 """
 
 from __future__ import annotations
@@ -52,6 +51,7 @@ class FwdLLM(Method):
         claim="Pacing by variance and filtered directions reach more with the same number of perturbed inferences.",
         status="runs",
     )
+    only_fits = False
 
     train: Train = PLAIN
     """Batch size of a probe, and the server's learning rate with its schedule over the rounds."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -264,14 +264,22 @@ class _Private(Reduction):
         return update
 
 
-def check(method: Method) -> None:
+def check(method: Any) -> None:
     """Refuse a method whose round cannot be made private by noising one sum.
 
     Raises:
         ModeConflict: with the reason and what would do.
     """
+    if not isinstance(method, Method):
+        raise ModeConflict(
+            f"The protocol {method.key} exchanges more than one sum a round, and no noise covers that.",
+            "The section 'privacy' works with methods.",
+            "fedavg",
+        )
     reducers = method.reducer
     parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
+    if not parts:
+        raise ModeConflict(f"The method {method.key} uploads nothing that could be noised.", "", "fedavg")
     for part, reducer in parts.items():
         if type(reducer) is not Mean:
             raise ModeConflict(

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedllm.core.errors import ConfigError, ModeConflict, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.message import Json
+from fedllm.core.method import Method
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, Request
@@ -151,6 +152,26 @@ class Examples(Guard):
                 f"The checkpoint's account of privacy cannot be read: {fault}.",
                 action="Restore the file from a copy; what was spent cannot be guessed.",
             ) from fault
+
+
+def check(method: Any) -> None:
+    """Refuse a method whose client half does more with its rows than train on them.
+
+    Raises:
+        ModeConflict: with the reason.
+    """
+    if not isinstance(method, Method):
+        raise ModeConflict(
+            f"The protocol {method.key} exchanges more than what training gives, and no noise covers that.",
+            "With privacy.level=example, clients train on their own rows and do nothing else with them.",
+            "fedavg",
+        )
+    if not method.only_fits:
+        raise ModeConflict(
+            f"Clients of the method {method.key} do more with their rows than train on them, and no noise covers that.",
+            "With privacy.level=example, clients train on their own rows and do nothing else with them.",
+            "fedavg",
+        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fedllm.core.errors import ModeConflict
-from fedllm.core.method import Method
+from fedllm.modes.privacy import central, examples
 from fedllm.modes.privacy.central import Central
 from fedllm.modes.privacy.examples import Examples
 
@@ -31,13 +30,8 @@ def guard_of(
         ModeConflict: with this method, with the reason.
         ConfigError: what cannot be kept otherwise.
     """
-    if not isinstance(method, Method):
-        raise ModeConflict(
-            f"The protocol {method.key} exchanges more than one sum a round, and no noise covers that.",
-            "The section 'privacy' works with methods.",
-            "fedavg",
-            "Choose a method, or leave the section out.",
-        )
     if settings.level == "client":
+        central.check(method)
         return Central(settings, method, len(sizes), cohort, rounds, seed)
+    examples.check(method)
     return Examples(settings, sizes, method.train, rounds, seed)

@@ -300,6 +300,8 @@ def weighting_of(method: Any) -> Weighting:
         )
     reducers = method.reducer
     parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
+    if not parts:
+        raise ModeConflict(f"The method {method.key} uploads nothing that could be summed.", "", "fedavg")
     found: set[Weighting] = set()
     for part, reducer in parts.items():
         if type(reducer) is not Mean:

@@ -1,0 +1,239 @@
+"""Attack - attackers against defences, over methods: what attackers reach, and what a defence costs without any.
+
+Every cell of the grid is one run of the recipe with one attack (or none), one defence (or none) and one method, over
+the same clients, batches and rounds. Where an attack has a goal of its own (a backdoor), its success is the score of
+the final model on held-out rows that carry the trigger and the attacker's answer; it is measured without the attack,
+too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.errors import ConfigError
+from fedllm.core.method import Method
+from fedllm.core.seeds import numpy_stream
+from fedllm.core.server import Server
+from fedllm.engine.folder import RunFolder
+from fedllm.engine.local import LocalEngine
+from fedllm.engine.rounds import evaluate
+from fedllm.evaluate import total
+from fedllm.modes.attacks import Attack, attacks
+from fedllm.modes.defences import defences
+from fedllm.modes.robust import named
+from fedllm.recipe import Recipe, load_recipe
+from fedllm.report.chart import heat_map
+from fedllm.report.words import NAMES, value_text
+from fedllm.run import Data, Ground, Leg, Pooled, Watch, environment, guard_of, headline, method_of, new_folder, prepare
+
+NONE = "none"
+"""No attack, or no defence."""
+
+
+@dataclass(frozen=True)
+class Siege:
+    """What was found.
+
+    Attributes:
+        folder: where attack.json, attack.md and the pictures lie.
+        metric: the score's name.
+        rows: one per method, attack and defence: score, lost (against neither attack nor defence), success, clean
+            success (of the same defence without the attack), dropped (uploads that the defence left out whole).
+    """
+
+    folder: Path
+    metric: str
+    rows: list[dict[str, Any]]
+
+
+def siege(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    attacked: Sequence[str],
+    defended: Sequence[str] = (NONE,),
+    methods: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    *,
+    data: Data | None = None,
+    folder: str | Path | None = None,
+    watch: Watch | None = None,
+) -> Siege:
+    """Play every method with every attack (and none) under every defence (and none).
+
+    Args:
+        recipe: as for :func:`fedllm.run`. Its section `methods` holds options of attacks and defences by name, too.
+        attacked: names of attacks.
+        defended: names of defences.
+        methods: keys; the recipe's method where there is none.
+        overrides: `key=value` texts.
+        data: data in memory.
+        folder: where results are kept; an interrupted grid in it is continued.
+        watch: is told what happens.
+
+    Raises:
+        ConfigError: an unknown name, or a recipe with an attack or a defence of its own.
+        ModeConflict: a method that one of them cannot go with.
+    """
+    settled, watch = load_recipe(recipe, overrides), watch or Watch()
+    if settled.attack or settled.defence:
+        raise ConfigError(
+            "The recipe has an attack or a defence of its own.", "The grid sets both.", action="Remove them."
+        )
+    keys = list(methods) or [str(settled.method.get("name", "fedavg"))]
+    rows = [NONE, *(name for name in dict.fromkeys(attacked) if name != NONE)]
+    columns = [NONE, *(name for name in dict.fromkeys(defended) if name != NONE)]
+    known = {name: named("attack", attacks(), _with(settled, name)) for name in rows[1:]}
+    for name in columns[1:]:
+        named("defence", defences(), _with(settled, name))
+    place = _place(settled, folder)
+    ground = prepare(settled, data)
+    place.write_json("environment.json", environment(ground))
+    watch.begin(settled, ground, place.path)
+    metric, found = headline(ground), list[dict[str, Any]]()
+    for key in keys:
+        method = method_of(settled, key)
+        if not isinstance(method, Method):
+            raise ConfigError(f"{key} is a protocol.", "Attacks and defences go with methods.", "fedavg")
+        own = ground if method.adapter() == method_of(settled).adapter() else _ground(settled, key, data)
+        for defence in columns:
+            for name in rows:
+                leg = _played(own, method, name, defence, place, watch)
+                success = {goal: _success(leg, own, known[goal], metric) for goal in _goals(known, name)}
+                value = leg.ground.learner.values(total(leg.counts.values())).get(metric) if leg.counts else None
+                dropped = (leg.server.guard.told() or {}).get("dropped", [])
+                cell = {"method": key, "attack": name, "defence": defence, "score": value, "reached": success}
+                found.append({**cell, "dropped": list(dropped)})
+    table = _related(found, ground.learner.higher_is_better)
+    place.write_json("attack.json", {"metric": metric, "rows": table})
+    place.write_text("attack.md", to_markdown(table, metric))
+    for name, drawing in pictures(table, metric).items():
+        place.write_text(f"{name}.svg", drawing)
+    return Siege(place.path, metric, table)
+
+
+def _with(recipe: Recipe, name: str) -> dict[str, Any]:
+    """An attack or defence with its options in the recipe."""
+    return {"name": name, **recipe.methods.get(name, {})}
+
+
+def _place(recipe: Recipe, folder: str | Path | None) -> RunFolder:
+    path = Path(folder) if folder else new_folder(recipe.model_copy(update={"name": f"{recipe.name}-attack"}))
+    if not (path / "recipe.yaml").exists():
+        place = RunFolder.create(path)
+        place.write_text("recipe.yaml", recipe.to_yaml())
+        return place
+    if load_recipe(path / "recipe.yaml") != recipe:
+        raise ConfigError(f"{path} holds a grid of another recipe.", action="Give another folder, or the same recipe.")
+    return RunFolder.open(path)
+
+
+def _ground(recipe: Recipe, key: str, data: Data | None) -> Ground:
+    return prepare(recipe.model_copy(update={"method": {"name": key}}), data)
+
+
+def _played(ground: Ground, method: Method, attack: str, defence: str, place: RunFolder, watch: Watch) -> Leg:
+    """One cell, to its end."""
+    recipe = ground.recipe
+    parts = {"attack": attack, "defence": defence}
+    chosen = {part: _with(recipe, name) for part, name in parts.items() if name != NONE}
+    settled = recipe.model_copy(update=chosen)
+    cohort = recipe.cohort_size(len(ground.federation.client_ids))
+    guard = guard_of(settled, ground.federation, method, cohort)
+    leg = Leg(f"{method.key}-{attack}-{defence}", method, ground, place, watch, guard=guard)
+    if not asyncio.run(leg.play()):
+        raise KeyboardInterrupt
+    return leg
+
+
+def _goals(known: Mapping[str, Attack], played: str) -> list[str]:
+    """The attacks whose goal is measured: the one that was played, or all where none was."""
+    aimed = [name for name, attack in known.items() if type(attack).aimed is not Attack.aimed]
+    return [name for name in aimed if played in (NONE, name)]
+
+
+class _Aimed(Pooled):
+    """The federation with held-out rows as an attacker wants them answered."""
+
+    def __init__(self, ground: Ground, attack: Attack) -> None:
+        super().__init__(ground.federation)
+        self.attack, self.seed = attack, ground.recipe.seed
+
+    def rows(self, client_id: str, split: str = "train") -> Sequence[Mapping[str, Any]]:
+        held = super().rows(client_id, split)
+        if split == "train":
+            return held
+        return self.attack.aimed(held, numpy_stream(self.seed, "aimed", client_id)) or []
+
+    def size(self, client_id: str, split: str = "train") -> int:
+        return len(self.rows(client_id, split))
+
+
+def _success(leg: Leg, ground: Ground, attack: Attack, metric: str) -> float | None:
+    """The score of a leg's last state on the rows that an attack is aimed at."""
+    aimed = _Aimed(ground, attack)
+    worker = ground.worker(leg.method)
+    worker.rows = aimed
+    clients = [client for client in ground.measured if aimed.size(client, "eval")]
+    server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width), ground.recipe.seed)
+    counts = asyncio.run(evaluate(leg.method, leg.state, server, clients))
+    return ground.learner.values(total(counts.values())).get(metric) if counts else None
+
+
+def _related(found: Sequence[dict[str, Any]], higher: bool) -> list[dict[str, Any]]:
+    """Every cell held to the cells that say what it means."""
+    cells = {(cell["method"], cell["attack"], cell["defence"]): cell for cell in found}
+    rows = []
+    for cell in found:
+        method, attack, defence = cell["method"], cell["attack"], cell["defence"]
+        quiet, bare = cells[method, NONE, defence], cells[method, NONE, NONE]
+        known = cell["score"] is not None and bare["score"] is not None
+        lost = (bare["score"] - cell["score"]) * (1 if higher else -1) if known else None
+        rows.append(
+            {
+                **{name: value for name, value in cell.items() if name != "reached"},
+                "lost": lost,
+                "success": cell["reached"].get(attack),
+                "clean success": quiet["reached"].get(attack),
+            }
+        )
+    return rows
+
+
+def to_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """The table for a docs page."""
+    head = [
+        "method",
+        "attack",
+        "defence",
+        NAMES.get(metric, metric),
+        "lost",
+        "attacker's success",
+        "without the attack",
+    ]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        numbers = [row["score"], row["lost"], row["success"], row["clean success"]]
+        shown = ["" if value is None else value_text(metric, value) for value in numbers]
+        lines.append(" | ".join([row["method"], row["attack"], row["defence"], *shown]))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def pictures(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, str]:
+    """Heat maps: the score, and where an attack has a goal, its success."""
+    found: dict[str, str] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for what, name in (("score", NAMES.get(metric, metric)), ("success", "attacker's success")):
+            kept = [row for row in rows if row["method"] == method and row[what] is not None]
+            if not kept:
+                continue
+            across = list(dict.fromkeys(row["defence"] for row in kept))
+            down = list(dict.fromkeys(row["attack"] for row in kept))
+            value = {(row["attack"], row["defence"]): row[what] for row in kept}
+            cells = [[value.get((attack, defence), 0.0) for defence in across] for attack in down]
+            title = f"{name[0].upper()}{name[1:]}, {method}"
+            about = f"{title}: attacks down, defences across."
+            found[f"{method}-{what}"] = heat_map(title, about, down, across, cells, lambda v: value_text(metric, v))
+    return found

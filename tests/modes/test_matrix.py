@@ -1,0 +1,84 @@
+"""Every method and mode: they play a round together, or the pair is refused before training, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm.core.errors import ModeConflict
+from fedllm.core.guard import Guard
+from fedllm.methods import methods
+from fedllm.modes.matrix import MODES, verdicts
+from fedllm.modes.privacy.guard import guard_of
+from fedllm.modes.privacy.settings import PrivacySettings
+from fedllm.modes.robust import robust_guard
+from fedllm.modes.secagg.compose import secured
+from fedllm.modes.secagg.settings import SecureSettings
+from fedllm.protocols import protocols
+from tests.contract.conftest import Table, clients, learner_of, make
+
+KEYS = sorted(key for key, kind in methods().items() if kind.__module__.startswith("fedllm.") and key != "central")
+"""Pooled training has one client that holds everything: there is nobody to protect it from."""
+SIZES = {client: len(held["train"]) for client, held in clients().items()}
+
+
+def with_mode(mode: str, method: Any) -> Guard:
+    """The guard of a mode around a method, with settings that any toy model keeps to."""
+    if mode == "private clients":
+        given = {"noise": 0.01, "delta": 0.01, "key": "seed", "clip": 100.0, "rate": 1.0}
+        return guard_of(PrivacySettings(**given), method, SIZES, 4, 4, 0)
+    if mode == "private examples":
+        given = {"level": "example", "noise": 0.01, "delta": 0.01, "key": "seed", "clip": 100.0}
+        return guard_of(PrivacySettings(**given), method, SIZES, 4, 4, 0)
+    if mode == "secure sum":
+        return secured(SecureSettings(clip=1000.0, precision=24, max_weight=10.0), method, Guard(), SIZES, 4, True)
+    return robust_guard({"name": "sign-flip", "share": 0.25}, {"name": "median"}, Guard(), method, list(SIZES), 4, 0)
+
+
+def uniform(key: str) -> Any:
+    return make(key, **({"weighting": "uniform"} if "weighting" in methods()[key].model_fields else {}))
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"codec"}))
+@pytest.mark.parametrize("key", KEYS)
+def test_a_pair_plays_rounds_or_is_refused_before_training(key: str, mode: str) -> None:
+    method = uniform(key)
+    reason = verdicts(methods()[key])[mode]
+    if reason:
+        with pytest.raises(ModeConflict) as refused:
+            with_mode(mode, method)
+        assert str(refused.value).split()[0] == reason.split()[0] and "Allowed" not in reason
+        return
+    table = Table(key, learner_of(key))
+    table.method = table.worker.algorithm = method
+    guard = with_mode(mode, method)
+    table.server.guard = table.worker.guard = guard
+    before = {name: tensor.clone() for name, tensor in table.state.params.items()}
+    table.rounds(2)
+    for record in table.records:
+        assert record.failed is None and not record.rejected, (record.failed, record.rejected)
+        assert not record.lost, record.lost
+    moved = [name for name, tensor in table.state.params.items() if not torch.equal(tensor, before.get(name, tensor))]
+    assert moved or not before or key == "local", "two rounds change something"
+
+
+@pytest.mark.parametrize("key", sorted(protocols()))
+def test_protocols_are_refused_by_every_mode(key: str) -> None:
+    if protocols()[key].__module__.startswith("fedllm."):
+        assert all(verdicts(protocols()[key]).values())
+
+
+@pytest.mark.parametrize("key", ["fedit", "ffa-lora", "fedprompt"])
+def test_a_secure_mode_gives_the_update_of_the_plain_run_within_its_step(key: str) -> None:
+    method = uniform(key)
+    plain, secure = Table(key, learner_of(key)), Table(key, learner_of(key))
+    for table in (plain, secure):
+        table.method = table.worker.algorithm = method
+    secure.server.guard = secure.worker.guard = with_mode("secure sum", method)
+    plain.rounds(1)
+    secure.rounds(1)
+    assert secure.records[0].used == 4
+    for name, tensor in plain.state.params.items():
+        assert torch.allclose(secure.state.params[name], tensor, atol=2 * 1000.0 / 2**23), name
