@@ -271,6 +271,21 @@ def frontier(capture: Capture, folder: Path) -> dict[str, str]:
     }
 
 
+def besieged(capture: Capture, folder: Path) -> dict[str, str]:
+    """A grid of attacks and defences: the table, and its heat maps."""
+    name, (command,) = name_of(capture), capture.commands
+    run = folder / "attack"
+    if not (run / "attack.md").exists():
+        ran(command, ROOT, ["--folder", str(run), "--quiet"])
+    drawn = sorted(run.glob("*.svg"))
+    shown = [f"![{one.stem}: attacks down, defences across](output/{name}-{one.name})" for one in drawn]
+    table = (run / "attack.md").read_text(encoding="utf-8")
+    return {
+        f"{name}.md": page(table, *shown, made_by(capture.commands, name, device_of(run))),
+        **{f"{name}-{one.name}": one.read_text(encoding="utf-8") for one in drawn},
+    }
+
+
 def program(capture: Capture, folder: Path) -> dict[str, str]:
     """What a program of benchmarks prints: a table."""
     (command,) = capture.commands
@@ -360,6 +375,18 @@ CAPTURES: dict[str, Capture] = {
         ("fedllm profit benchmarks/recipes/profit-ag-news.yaml --lr 0.01,0.1,1 --steps 0,2,4,8,16",),
         frontier,
         ("profit",),
+    ),
+    "attack-ag-news": Capture(
+        "Attacks and defences",
+        (
+            "fedllm attack benchmarks/recipes/attack-ag-news.yaml --attacks sign-flip,alie,backdoor "
+            "--defences median,multi-krum,norm-clip",
+        ),
+        besieged,
+        ("fedavg",),
+    ),
+    "private-ag-news": Capture(
+        "LoRA under differential privacy", ("python -m benchmarks.private",), program, ("ffa-lora", "fedit")
     ),
     "zeroth-memory": Capture(
         "Memory without back-propagation", ("python -m benchmarks.zeroth_memory",), program, ("fedkseed",)
