@@ -18,6 +18,7 @@ from fedllm.core.settings import merge, read
 from fedllm.data.settings import DataSettings
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.settings import ModelSettings
+from fedllm.modes.encrypted.settings import EncryptedSettings
 from fedllm.modes.privacy.settings import PrivacySettings
 from fedllm.modes.secagg.settings import SecureSettings
 from fedllm.modes.settings import CodecSettings
@@ -104,6 +105,8 @@ class Recipe(BaseModel):
     """Differential privacy; null: none."""
     secure: SecureSettings | None = None
     """Secure aggregation; null: the server sees every upload."""
+    encrypted: EncryptedSettings | None = None
+    """Homomorphic encryption of uploads; null: none."""
     defence: dict[str, Any] = {}
     """A robust rule in place of the mean: its name and options; {}: none."""
     attack: dict[str, Any] = {}

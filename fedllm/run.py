@@ -319,6 +319,10 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
         from fedllm.modes.secagg.compose import secured
 
         found = secured(recipe.secure, method, found, sizes, cohort, recipe.codec.idle)
+    if recipe.encrypted is not None:
+        from fedllm.modes.encrypted.compose import encrypted
+
+        found = encrypted(recipe.encrypted, method, found, sizes, recipe.codec.idle, recipe.seed)
     if recipe.defence or recipe.attack:
         from fedllm.modes.robust import robust_guard
 

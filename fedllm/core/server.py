@@ -153,6 +153,11 @@ class Server:
         """The ids of all registered clients, sorted."""
         return self.engine.client_ids
 
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The sessions whose clients wait for :meth:`reply`."""
+        return frozenset(self._open)
+
     def body(self, first: int, last: int | None) -> Body:
         """The server's part, layers first..last-1, of a split model; see :func:`fedllm.core.split.halves`."""
         return halves(self.learner, first, last).body

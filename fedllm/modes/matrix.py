@@ -22,6 +22,7 @@ MODES: dict[str, Callable[[Any], object]] = {
     "private clients": check_central,
     "private examples": check_examples,
     "secure sum": weighting_of,
+    "encrypted sum": weighting_of,
     "codec": _coded,
     "attack, defence": lambda method: check_robust("a rule", method),
 }

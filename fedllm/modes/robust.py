@@ -12,7 +12,7 @@ import torch
 
 from fedllm.core.errors import ConfigError, ModeConflict, UploadRejected
 from fedllm.core.guard import Guard
-from fedllm.core.message import Dense, Json, Received, Upload
+from fedllm.core.message import Json, Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.reducer import Mean, Reducer, Reduction, Update
 from fedllm.core.seeds import numpy_stream, torch_stream
@@ -20,44 +20,10 @@ from fedllm.core.settings import read
 from fedllm.core.tensors import Tensors
 from fedllm.modes.attacks import Attack, Honest, attacks
 from fedllm.modes.defences import Defence, Uploads, defences
+from fedllm.modes.flat import Flat
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
-
-
-class Flat:
-    """The tensors of all parts of an upload as one vector, in a fixed order.
-
-    Args:
-        expected: part -> tensors of the names and shapes an upload has; their values are where a round begins.
-        parts: the parts that count.
-    """
-
-    def __init__(self, expected: Mapping[str, Tensors], parts: Iterable[str]) -> None:
-        self.like = {(part, name): t for part in sorted(parts) for name, t in sorted(expected[part].items())}
-
-    def row(self, upload: Upload) -> torch.Tensor:
-        """[D], float32; raises :class:`UploadRejected` for a part that is not dense."""
-        for name, part in upload.parts.items():
-            if not isinstance(part, Dense):
-                raise UploadRejected(f"The part '{name}' is {part.kind}.", "Robust rules take dense parts.")
-        return self._joined(upload[part][name] for part, name in self.like)
-
-    @property
-    def model(self) -> torch.Tensor:
-        """[D]: the values that `expected` has."""
-        return self._joined(self.like.values())
-
-    def parts(self, row: torch.Tensor) -> dict[str, Dense]:
-        """A vector as parts again."""
-        pieces = row.split([t.numel() for t in self.like.values()])
-        found: dict[str, Tensors] = {}
-        for ((part, name), like), piece in zip(self.like.items(), pieces, strict=True):
-            found.setdefault(part, {})[name] = piece.reshape(like.shape).to(like.dtype)
-        return {part: Dense(tensors) for part, tensors in found.items()}
-
-    def _joined(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([t.detach().cpu().float().reshape(-1) for t in tensors])
 
 
 class Defended(Guard):
@@ -250,7 +216,7 @@ def robust_guard(
             )
         found = Defended(named("defence", defences(), defence), method, rounds, seed)
     if attack:
-        if type(found).__name__ in ("SecureSum", "Examples"):
+        if type(found).__name__ in ("SecureSum", "EncryptedSum", "Examples"):
             raise ModeConflict(
                 "The section 'attack' changes uploads in the open, and another section works at the clients.",
                 "It goes with 'defence', and with privacy.level=client.",

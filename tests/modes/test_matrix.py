@@ -10,6 +10,8 @@ import torch
 from fedllm.core.errors import ModeConflict
 from fedllm.core.guard import Guard
 from fedllm.methods import methods
+from fedllm.modes.encrypted.compose import encrypted
+from fedllm.modes.encrypted.settings import EncryptedSettings
 from fedllm.modes.matrix import MODES, verdicts
 from fedllm.modes.privacy.guard import guard_of
 from fedllm.modes.privacy.settings import PrivacySettings
@@ -34,6 +36,8 @@ def with_mode(mode: str, method: Any) -> Guard:
         return guard_of(PrivacySettings(**given), method, SIZES, 4, 4, 0)
     if mode == "secure sum":
         return secured(SecureSettings(clip=1000.0, precision=24, max_weight=10.0), method, Guard(), SIZES, 4, True)
+    if mode == "encrypted sum":
+        return encrypted(EncryptedSettings(max_weight=10.0), method, Guard(), SIZES, True, 0)
     return robust_guard({"name": "sign-flip", "share": 0.25}, {"name": "median"}, Guard(), method, list(SIZES), 4, 0)
 
 

@@ -1,0 +1,1 @@
+"""Encrypted - sums under homomorphic encryption (CKKS): clients hold the key, and the server only adds."""

@@ -1,0 +1,19 @@
+"""Encrypted settings - the section `encrypted` of a recipe; imports nothing heavy."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EncryptedSettings(BaseModel):
+    """The server adds uploads that it cannot read (CKKS by TenSEAL); with `ratio` below 1, FedML-HE."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    ratio: float = Field(1.0, gt=0, le=1)
+    """Share of the numbers that are encrypted: those that tell most of the data, the same for all clients. The others
+    travel in the open."""
+    noise: float = Field(0.0, ge=0)
+    """Scale of the Laplace noise that clients add to what travels in the open."""
+    max_weight: float = Field(1.0, gt=0)
+    """Largest weight of an upload, where uploads are weighed by their examples."""
