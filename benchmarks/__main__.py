@@ -16,7 +16,19 @@ from pathlib import Path
 from docs.capture import made_by, page
 from docs.markers import OUTPUT, ROOT, refresh
 
-QUESTIONS = ("overhead", "cohort", "peers", "memory", "aggregation", "wire", "tokens", "growth", "start")
+QUESTIONS = (
+    "overhead",
+    "cohort",
+    "peers",
+    "memory",
+    "aggregation",
+    "wire",
+    "tokens",
+    "growth",
+    "start",
+    "secagg",
+    "encrypted",
+)
 """In the order of the page."""
 
 

@@ -157,7 +157,7 @@ def measure_profit(
 
 
 def attack_grid(
-    recipe: Recipes,
+    recipe: Recipes = DEFAULT,
     overrides: Overrides = None,
     attacked: Annotated[
         str, typer.Option("--attacks", help="Names with commas; 'none' is always there.")

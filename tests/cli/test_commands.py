@@ -13,7 +13,7 @@ from fedllm.cli.main import app, debug_first
 from tests.cli.lines import ENVIRONMENT, MAIN, invoke, ok, outside
 
 COMMANDS = (
-    "chat compare data doctor explain export methods new-method profit recipes report resume run verify "
+    "attack chat compare data doctor explain export methods new-method profit recipes report resume run verify "
     "data build, data stats, data stream"
 )
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy", "pandas", "sklearn", "yaml", "fedllm.core")

@@ -59,7 +59,9 @@ def undocumented(tree: ast.AST, place: str) -> Iterator[str]:
             yield from undocumented(node, f"{place}.{node.name}")
 
 
-@pytest.mark.parametrize("package", ["core", "engine", "methods", "blocks", "effects", "data", "tasks", "models"])
+@pytest.mark.parametrize(
+    "package", ["core", "engine", "methods", "blocks", "effects", "data", "tasks", "models", "modes"]
+)
 def test_every_public_name_is_documented(package: str) -> None:
     found = []
     for file in sorted((ROOT / "fedllm" / package).rglob("*.py")):
