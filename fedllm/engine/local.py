@@ -134,8 +134,8 @@ class LocalWorker:
         waits = isinstance(outcome, Exchange)
         try:
             upload = _upload(outcome.upload if waits else outcome)
-            if self.guard.hides and turn.op == "work":
-                upload.metrics = {}  # the loss of training is not noised
+            if self.guard.hides and turn.op == "work":  # losses, and how much was drawn, are not noised
+                upload.metrics, cost = {}, {**cost, "tokens": 0.0}
             body = encode(self._coded(turn, upload))
         except Exception as fault:
             if self.debug:

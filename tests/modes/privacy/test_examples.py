@@ -242,14 +242,14 @@ def test_whatever_else_a_client_half_does_with_its_rows_is_refused(what: str):
 
 def test_training_losses_are_not_sent():
     play, _ = played(settings())
-    assert play.records[0].loss is None
+    assert play.records[0].loss is None and play.records[0].tokens == 0, "how much was drawn would tell, too"
 
 
 def test_accumulation_and_other_work_are_refused():
     with pytest.raises(ConfigError, match=r"Set train\.accumulate=1 and train\.batch_size=8"):
         Examples(settings(), {"a": 8}, Train(**train(accumulate=2)), 1, 0)
     guard = Examples(settings(), {"a": 8}, Train(**train()), 1, 0)
-    with pytest.raises(ConfigError, match="'score'"):
+    with pytest.raises(ModeConflict, match="'score'"):
         guard.fit("a", 1, 0, 8, Score({"w": torch.zeros(SIZE)}))
 
 
