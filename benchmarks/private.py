@@ -1,4 +1,4 @@
-"""Private - FFA-LoRA against FedIT under DP-SGD, at several epsilons: the table of FFA-LoRA's paper in small.
+"""Private - FFA-LoRA against averaged LoRA under DP-SGD, at several epsilons: the table of FFA-LoRA's paper in small.
 
     python -m benchmarks.private [--quick]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from fedllm.run import run
 
 RECIPE = Path(__file__).parent / "recipes" / "private-ag-news.yaml"
-METHODS = ("fedit", "ffa-lora")
+METHODS = ("fedavg", "ffa-lora")
 EPSILONS: tuple[float | None, ...] = (None, 6.0, 3.0, 1.0)
 SEEDS = 3
 

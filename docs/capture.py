@@ -386,7 +386,7 @@ CAPTURES: dict[str, Capture] = {
         ("fedavg",),
     ),
     "private-ag-news": Capture(
-        "LoRA under differential privacy", ("python -m benchmarks.private",), program, ("ffa-lora", "fedit")
+        "LoRA under differential privacy", ("python -m benchmarks.private",), program, ("ffa-lora", "fedavg")
     ),
     "zeroth-memory": Capture(
         "Memory without back-propagation", ("python -m benchmarks.zeroth_memory",), program, ("fedkseed",)
