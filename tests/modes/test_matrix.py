@@ -74,9 +74,11 @@ def test_protocols_are_refused_by_every_mode(key: str) -> None:
         assert all(verdicts(protocols()[key]).values())
 
 
-@pytest.mark.parametrize("key", ["fedit", "ffa-lora", "fedprompt"])
-def test_a_secure_mode_gives_the_update_of_the_plain_run_within_its_step(key: str) -> None:
-    method = uniform(key)
+@pytest.mark.parametrize(
+    ("key", "options"), [("fedit", {}), ("ffa-lora", {}), ("fedprompt", {}), ("fedkseed", {"upload": "sums"})]
+)
+def test_a_secure_mode_gives_the_update_of_the_plain_run_within_its_step(key: str, options: dict[str, Any]) -> None:
+    method = make(key, weighting="uniform", **options)
     plain, secure = Table(key, learner_of(key)), Table(key, learner_of(key))
     for table in (plain, secure):
         table.method = table.worker.algorithm = method
@@ -84,5 +86,8 @@ def test_a_secure_mode_gives_the_update_of_the_plain_run_within_its_step(key: st
     plain.rounds(1)
     secure.rounds(1)
     assert secure.records[0].used == 4
-    for name, tensor in plain.state.params.items():
-        assert torch.allclose(secure.state.params[name], tensor, atol=2 * 1000.0 / 2**23), name
+    moved = {**plain.state.params, **{n: t for tree in plain.state.memory.values() for n, t in tree.items()}}
+    found = {**secure.state.params, **{n: t for tree in secure.state.memory.values() for n, t in tree.items()}}
+    assert moved
+    for name, tensor in moved.items():
+        assert torch.allclose(found[name].double(), tensor.double(), atol=2 * 1000.0 / 2**23), name
