@@ -64,6 +64,7 @@ def write_recipe(folder: Path, **changes) -> Path:
         "name": "tiny",
         "about": "Three sites with twelve sentences each.",
         "rounds": 2,
+        "cohort_width": 3,
         "runs": str(folder / "runs"),
         "model": {"name": "toy:llama"},
         "task": {"max_length": 96},
