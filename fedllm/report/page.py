@@ -156,7 +156,7 @@ def page(run: Run) -> str:
     """The whole page."""
     title = str((run.result or {}).get("name") or run.folder.resolve().name)
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    sections = (results, by_client, curves, traffic, data, what_ran, notes)
+    sections = (results, promises, by_client, curves, traffic, data, what_ran, notes)
     body = "\n".join([header(run, title), *(section(run) for section in sections)])
     return f"""<!doctype html>
 <html lang="en">
@@ -288,6 +288,15 @@ def _other_metrics(run: Run) -> str:
         body.append((kind, escape(run.label(row["model"])), [*cells, f"{size:,.0f}" if size is not None else "–"]))
     heads = [*(_first(_name(name)) for name in names), "Rows"]
     return f"<h3>All measures, over all held-out rows</h3>{_table(heads, 0, body)}"
+
+
+def promises(run: Run) -> str:
+    """What privacy and secure sums guarantee, line by line; nothing where the run has neither."""
+    lines = [str(line).removeprefix("- ") for line in (run.result or {}).get("guarantee") or []]
+    if not lines:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return _section("What is promised, and on what it rests", f'<ul class="list">{items}</ul>')
 
 
 def by_client(run: Run) -> str:

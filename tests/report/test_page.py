@@ -261,3 +261,13 @@ def test_old_rounds_without_a_model_belong_to_the_federation(run_folder) -> None
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_is_promised_stands_in_the_report_and_nothing_where_nothing_is(run_folder: Callable[..., Path]) -> None:
+    place = run_folder()
+    assert "What is promised" not in page(read_run(place))
+    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
+    result["guarantee"] = ["epsilon 2.1 of 8 (delta 1e-05, per client), 40 releases.", "- The noise is <secret>."]
+    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    shown = page(read_run(place))
+    assert "What is promised" in shown and "<li>The noise is &lt;secret&gt;.</li>" in shown
