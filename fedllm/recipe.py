@@ -26,6 +26,8 @@ from fedllm.report.tracking import Tracking
 from fedllm.tasks.settings import TaskSettings
 
 BUNDLED = Path(__file__).parent / "recipes"
+NAMED = ("method", "attack", "defence")
+"""Sections that are a name with its options; a bare name may be given instead."""
 
 
 class Evaluation(BaseModel):
@@ -151,19 +153,20 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
         values = source
     else:
         values = _read_file(_path(source))
-    values = _named_method(values)
+    values = _named(values)
     for text in overrides:
-        given = _named_method(_override(text))
-        if given.get("method", {}).get("name") not in (None, values.get("method", {}).get("name")):
-            values = {**values, "method": {}}  # another method: the options of the one before are not its own
+        given = _named(_override(text))
+        for part in NAMED:
+            if given.get(part, {}).get("name") not in (None, values.get(part, {}).get("name")):
+                values = {**values, part: {}}  # another one: the options of the one before are not its own
         values = merge(values, given)
     return read(Recipe, values)
 
 
-def _named_method(values: dict[str, Any]) -> dict[str, Any]:
-    """`method: fedprox` is short for `method: {name: fedprox}`."""
-    method = values.get("method")
-    return {**values, "method": {"name": method}} if isinstance(method, str) else values
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    """`method: fedprox` is short for `method: {name: fedprox}`; attacks and defences, too."""
+    bare = {part: values[part] for part in NAMED if isinstance(values.get(part), str)}
+    return {**values, **{part: {"name": name} for part, name in bare.items()}}
 
 
 def bundled() -> list[str]:

@@ -497,7 +497,7 @@ class Leg:
         if self.failures >= FAILED_LIMIT or (record.failed and self.state.round == 1):
             reasons = [entry["reason"] for entry in (*record.rejected, *record.lost)]
             raise RoundFailed(
-                f"Round {record.round} of '{self.name}' failed: {record.failed}.",
+                f"Round {record.round} of '{self.name}' failed: {record.failed.rstrip('.')}.",
                 f"First reason: {reasons[0]}" if reasons else "",
                 action="Mend the cause, then 'fedllm resume' the run; earlier rounds are saved.",
             )

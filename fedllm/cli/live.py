@@ -159,7 +159,7 @@ class Live(Watch):
 
     def _trouble(self, leg: Progress, record: RoundRecord) -> None:
         where = f"Round {record.round} of {leg.label}"
-        found = [f"{where} changed nothing: {record.failed}."] if record.failed else []
+        found = [f"{where} changed nothing: {record.failed.rstrip('.')}."] if record.failed else []
         for entries, word in ((record.lost, "lost"), (record.rejected, "rejected")):
             if entries:
                 first = f"{entries[0]['client']}: {entries[0]['reason']}"

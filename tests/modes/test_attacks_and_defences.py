@@ -177,6 +177,15 @@ def test_uploads_of_other_meanings_are_refused(key: str):
         guard(None, {"name": "median"}, find(key)())
 
 
+def test_a_bare_name_is_enough_and_another_one_drops_its_options():
+    from fedllm.recipe import load_recipe
+
+    recipe = load_recipe({"attack": "sign-flip", "defence": {"name": "krum", "f": 2}})
+    assert recipe.attack == {"name": "sign-flip"}
+    assert load_recipe(recipe, ["defence=median"]).defence == {"name": "median"}
+    assert load_recipe(recipe, ["defence.f=3"]).defence == {"name": "krum", "f": 3}
+
+
 def test_protocols_and_hidden_uploads_are_refused():
     with pytest.raises(ModeConflict, match="protocol"):
         guard({"name": "sign-flip"}, what=protocols()["fedbert"](accept_leak=True))
