@@ -206,6 +206,13 @@ class Received(Message):
         named = {} if params is None else {"params": as_part(params)}
         super().__init__({**named, **{k: as_part(v) for k, v in parts.items()}}, dict(numbers or {}))
 
+    @classmethod
+    def of(cls, parts: Mapping[str, Part], numbers: Mapping[str, Json] | None = None) -> Received:
+        """A message of these parts as they are."""
+        found = cls(None, numbers)
+        found.parts.update(parts)
+        return found
+
     @property
     def params(self) -> Tensors:
         """The trainable tensors to start from."""

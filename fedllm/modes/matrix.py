@@ -7,10 +7,10 @@ from typing import Any
 
 from fedllm.core.errors import ModeConflict
 from fedllm.core.method import Method
+from fedllm.modes.means import weighting_of
 from fedllm.modes.privacy.central import check as check_central
 from fedllm.modes.privacy.examples import check as check_examples
 from fedllm.modes.robust import check as check_robust
-from fedllm.modes.secagg.guard import weighting_of
 
 
 def _coded(method: Any) -> None:
@@ -21,8 +21,8 @@ def _coded(method: Any) -> None:
 MODES: dict[str, Callable[[Any], object]] = {
     "private clients": check_central,
     "private examples": check_examples,
-    "secure sum": weighting_of,
-    "encrypted sum": weighting_of,
+    "secure sum": lambda method: weighting_of(method, "A secure sum"),
+    "encrypted sum": lambda method: weighting_of(method, "An encrypted sum"),
     "codec": _coded,
     "attack, defence": lambda method: check_robust("a rule", method),
 }

@@ -14,13 +14,14 @@ from fedllm.core.errors import ConfigError, ModeConflict, UploadRejected
 from fedllm.core.guard import Guard
 from fedllm.core.message import Json, Received, Upload
 from fedllm.core.method import Method
-from fedllm.core.reducer import Mean, Reducer, Reduction, Update
+from fedllm.core.reducer import Mean, Reduction, Update
 from fedllm.core.seeds import numpy_stream, torch_stream
 from fedllm.core.settings import read
 from fedllm.core.tensors import Tensors
 from fedllm.modes.attacks import Attack, Honest, attacks
 from fedllm.modes.defences import Defence, Uploads, defences
 from fedllm.modes.flat import Flat
+from fedllm.modes.means import means
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
@@ -244,17 +245,4 @@ def _added(server: Server, reduction: Reduction, client: str, upload: Upload) ->
 
 def check(key: str, method: Any) -> None:
     """Refuse a method whose uploads are no vectors of one meaning."""
-    if not isinstance(method, Method):
-        raise ModeConflict(f"'{key}' works on the uploads of a method, and {method.key} is a protocol.", "", "fedavg")
-    reducers = method.reducer
-    parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
-    if not parts:
-        raise ModeConflict(f"The method {method.key} uploads nothing for '{key}' to work on.", "", "fedavg")
-    for part, reducer in parts.items():
-        if type(reducer) is not Mean:
-            raise ModeConflict(
-                f"The method {method.key} reduces the part '{part}' by {type(reducer).__name__}, and '{key}' needs "
-                "uploads that are vectors of one meaning.",
-                "Methods that take a mean do.",
-                "fedavg",
-            )
+    means(method, f"'{key}'", "and rules need uploads that are vectors of one meaning")

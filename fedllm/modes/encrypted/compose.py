@@ -9,7 +9,7 @@ from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.guard import Guard
 from fedllm.modes.encrypted.guard import EncryptedSum
 from fedllm.modes.encrypted.settings import EncryptedSettings
-from fedllm.modes.secagg.guard import weighting_of
+from fedllm.modes.means import check_weights
 
 
 def encrypted(
@@ -40,12 +40,5 @@ def encrypted(
             f"encrypted.noise={settings.noise:g} with encrypted.ratio=1: nothing travels in the open.",
             action="Remove the noise, or encrypt less.",
         )
-    largest = max(sizes.values(), default=0)
-    if weighting_of(method) == "examples" and largest > settings.max_weight:
-        raise ConfigError(
-            f"The method {method.key} weighs uploads by their examples, up to {largest}, and encrypted.max_weight="
-            f"{settings.max_weight:g}.",
-            "A weight stands in the sum as a share of the largest one allowed.",
-            action=f"Set encrypted.max_weight={largest}, or method.weighting=uniform.",
-        )
+    check_weights("encrypted", method, sizes, settings.max_weight)
     return EncryptedSum(settings, method, seed)

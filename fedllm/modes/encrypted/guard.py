@@ -23,7 +23,7 @@ from fedllm.core.seeds import torch_stream
 from fedllm.core.tensors import Tensors
 from fedllm.modes.encrypted.ckks import Keys, Public
 from fedllm.modes.flat import Flat, joined
-from fedllm.modes.secagg.guard import weighting_of
+from fedllm.modes.means import weighting_of
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
@@ -47,7 +47,7 @@ class EncryptedSum(Guard):
     """
 
     def __init__(self, settings: EncryptedSettings, method: Method, seed: int) -> None:
-        self.settings, self.seed, self.weighting = settings, seed, weighting_of(method)
+        self.settings, self.seed, self.weighting = settings, seed, weighting_of(method, "The section 'encrypted'")
         reducers = method.reducer
         if settings.ratio < 1 and not isinstance(reducers, Reducer) and set(reducers) != {"update"}:
             raise ModeConflict(
@@ -64,8 +64,7 @@ class EncryptedSum(Guard):
     async def work(self, function: Callable[..., Any], algorithm: object, client: Any, received: Received) -> Upload:
         """The client's half of a sum around its half of the method."""
         rest = {name: part for name, part in received.parts.items() if name != PART}
-        plain = Received(None, received.numbers)
-        plain.parts.update(rest)
+        plain = Received.of(rest, received.numbers)
         if received.numbers.get(PART) == "sensitivity":
             slope, _ = await client.gradient(received.params)
             size = joined(t.abs() for _, t in sorted(slope.items()))
@@ -122,14 +121,16 @@ class EncryptedSum(Guard):
             raise TypeError(f"{type(self).__name__} collects into what it began itself.")
         sent = dict(payloads)
         if self.settings.ratio < 1 and self.mask is None:
-            asked = {c: _carrying({**r.numbers, PART: "sensitivity"}, r, {}) for c, r in sent.items()}
+            asked = {c: Received.of(r.parts, {**r.numbers, PART: "sensitivity"}) for c, r in sent.items()}
             found, _, _ = await self._summed(server, method, asked, deadline)
             if found is None:
                 return "the clients did not agree on what to encrypt"
             self.mask = found["mask"].bool()
             server.settle(commit=False)
         extra = {} if self.mask is None else {PART: Dense({"mask": self.mask})}
-        asked = {client: _carrying(received.numbers, received, extra) for client, received in sent.items()}
+        asked = {
+            client: Received.of({**received.parts, **extra}, received.numbers) for client, received in sent.items()
+        }
         found, shown, clients = await self._summed(server, method, asked, deadline)
         if found is None:
             return "nobody decrypted the sum"
@@ -222,12 +223,6 @@ class _Encrypted(Reduction):
         parts: dict[str, Any] = dict(self.flat.parts((self.total / self.share).float()))
         weight = self.share * (self.guard.settings.max_weight if self.guard.weighting == "examples" else 1.0)
         return Update(parts, {}, clients=self.clients, population=population, weight=weight)
-
-
-def _carrying(numbers: Mapping[str, Json], received: Received, extra: Mapping[str, Any]) -> Received:
-    found = Received(None, numbers)
-    found.parts.update({**received.parts, **extra})
-    return found
 
 
 def _tensor(data: bytes) -> torch.Tensor:

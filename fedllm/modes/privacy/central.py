@@ -22,9 +22,10 @@ from fedllm.core.errors import ConfigError, ModeConflict, RunError, UploadReject
 from fedllm.core.guard import Guard
 from fedllm.core.message import Dense, Json, Upload
 from fedllm.core.method import Method
-from fedllm.core.reducer import Mean, Reducer, Reduction, Update
+from fedllm.core.reducer import Reduction, Update
 from fedllm.core.roster import SERVER
 from fedllm.core.tensors import Tensors
+from fedllm.modes.means import means
 from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, TreeRun, solve, split_noise
 from fedllm.modes.privacy.ledger import Ledger, assumptions
 from fedllm.modes.privacy.mechanism import AdaptiveClip, NoiseSource, Tree, clip, poisson, release
@@ -270,24 +271,7 @@ def check(method: Any) -> None:
     Raises:
         ModeConflict: with the reason and what would do.
     """
-    if not isinstance(method, Method):
-        raise ModeConflict(
-            f"The protocol {method.key} exchanges more than one sum a round, and no noise covers that.",
-            "The section 'privacy' works with methods.",
-            "fedavg",
-        )
-    reducers = method.reducer
-    parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
-    if not parts:
-        raise ModeConflict(f"The method {method.key} uploads nothing that could be noised.", "", "fedavg")
-    for part, reducer in parts.items():
-        if type(reducer) is not Mean:
-            raise ModeConflict(
-                f"The method {method.key} reduces the part '{part}' by {type(reducer).__name__}, which no noise on a "
-                "sum makes private.",
-                "With the section 'privacy', every part is reduced by a mean.",
-                "fedavg",
-            )
+    for reducer in means(method, "The section 'privacy'", "which no noise on a sum makes private").values():
         if reducer.weighting != "uniform":
             raise ModeConflict(
                 f"The method {method.key} weighs uploads by their examples, whose number is a secret of each client.",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedllm.core.errors import ConfigError, ModeConflict
+from fedllm.core.errors import ModeConflict
 from fedllm.core.guard import Guard
+from fedllm.modes.means import check_weights
 from fedllm.modes.privacy.central import Central
-from fedllm.modes.secagg.guard import SecureSum, weighting_of
+from fedllm.modes.secagg.guard import SecureSum
 from fedllm.modes.secagg.settings import SecureSettings
 
 
@@ -42,13 +43,6 @@ def secured(
             "Together with a secure sum the server noises the sum.",
             action="Set privacy.level=client, or leave one of them out.",
         )
-    largest = max(sizes.values(), default=0)
-    if weighting_of(method) == "examples" and largest > settings.max_weight:
-        raise ConfigError(
-            f"The method {method.key} weighs uploads by their examples, up to {largest}, and secure.max_weight="
-            f"{settings.max_weight:g}.",
-            "A weight stands in the sum as a share of the largest one allowed.",
-            action=f"Set secure.max_weight={largest}, or method.weighting=uniform.",
-        )
+    check_weights("secure", method, sizes, settings.max_weight)
     coins = central is not None and central.settings.mechanism == "gaussian" and central.settings.sampling == "poisson"
     return SecureSum(settings, method, len(sizes) if coins else min(cohort, len(sizes)), central)

@@ -18,10 +18,11 @@ import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RoundFailed, UploadRejected
 from fedllm.core.guard import Guard
-from fedllm.core.message import Dense, Json, Part, Received, Upload, as_part
+from fedllm.core.message import Dense, Json, Received, Upload, as_part
 from fedllm.core.method import Method
-from fedllm.core.reducer import Mean, Reducer, Reduction, Update, Weighting
+from fedllm.core.reducer import Reduction, Update
 from fedllm.core.tensors import Tensors, norm
+from fedllm.modes.means import weighting_of
 from fedllm.modes.secagg.client import Advert, Client, Confirm, Deal, Dealt, Letter, Masked, Reveal, Roster, Setup, Tags
 from fedllm.modes.secagg.client import Survivors as Survivors
 from fedllm.modes.secagg.graph import Policy
@@ -57,7 +58,7 @@ class SecureSum(Guard):
 
     def __init__(self, settings: SecureSettings, method: Method, count: int, central: Central | None = None) -> None:
         self.settings, self.count, self.central = settings, count, central
-        self.weighting = weighting_of(method)
+        self.weighting = weighting_of(method, "The section 'secure'")
         self.policy = Policy(settings.graph, settings.dropout, settings.corruption, settings.minimum)
         self._ring(settings.clip)
         if count < settings.minimum:
@@ -87,7 +88,7 @@ class SecureSum(Guard):
         received = await client.exchange(_said(me.share(_heard(Roster, received))))
         deal = _heard(Deal, received)
         rest = {name: part for name, part in received.parts.items() if name != PART}
-        upload = await function(algorithm, client, _carrying(received.numbers, rest))
+        upload = await function(algorithm, client, Received.of(rest, received.numbers))
         values, weight = self._vector(upload, layout, ring, bound)
         received = await client.exchange(_said(me.mask(deal, values, weight)))
         received = await client.exchange(_said(me.confirm(_heard(Survivors, received))))
@@ -206,9 +207,8 @@ async def _led(
                     continue
                 body = {PART: letters[name].to_tensors()}
                 if isinstance(letters[name], Deal):
-                    payloads[sessions[name]] = _carrying(
-                        sent[name].numbers, {**sent[name].parts, PART: as_part(body[PART])}
-                    )
+                    parts = {**sent[name].parts, PART: as_part(body[PART])}
+                    payloads[sessions[name]] = Received.of(parts, sent[name].numbers)
                 else:
                     payloads[sessions[name]] = Received(None, None, **body)
             answers = server.reply(payloads, deadline)
@@ -286,39 +286,6 @@ class _Secure(Reduction):
         return update
 
 
-def weighting_of(method: Any) -> Weighting:
-    """How a method weighs uploads, where a secure sum can serve it.
-
-    Raises:
-        ModeConflict: a protocol, a reducer that is no mean, or parts that weigh differently.
-    """
-    if not isinstance(method, Method):
-        raise ModeConflict(
-            f"The protocol {method.key} exchanges more than one sum a round.",
-            "The section 'secure' works with methods.",
-            "fedavg",
-        )
-    reducers = method.reducer
-    parts = {"update": reducers} if isinstance(reducers, Reducer) else dict(reducers)
-    if not parts:
-        raise ModeConflict(f"The method {method.key} uploads nothing that could be summed.", "", "fedavg")
-    found: set[Weighting] = set()
-    for part, reducer in parts.items():
-        if type(reducer) is not Mean:
-            raise ModeConflict(
-                f"The method {method.key} reduces the part '{part}' by {type(reducer).__name__}, which needs more than "
-                "a sum.",
-                "A secure sum gives the server one weighted mean.",
-                "fedavg",
-            )
-        found.add(reducer.weighting)
-    if len(found) > 1:
-        raise ModeConflict(
-            f"The method {method.key} weighs its parts differently.", "One sum has one weight for each client."
-        )
-    return found.pop()
-
-
 def _coins(central: Central, minimum: int) -> None:
     """Refuse coins by which fewer than the minimum may well come: whether a sum is there would tell of them."""
     if central.settings.mechanism == "ftrl" or central.settings.sampling != "poisson" or central.rate == 1:
@@ -333,12 +300,6 @@ def _coins(central: Central, minimum: int) -> None:
             f"Allowed: a hundredth of privacy.delta={central.settings.delta:g}.",
             action="Raise cohort, or set privacy.sampling=fixed.",
         )
-
-
-def _carrying(numbers: Json, parts: Mapping[str, Part]) -> Received:
-    found = Received(None, numbers)
-    found.parts.update(parts)
-    return found
 
 
 def _said(letter: Letter) -> Upload:
