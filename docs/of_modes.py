@@ -17,8 +17,9 @@ def modes_page(kinds: Mapping[str, Any]) -> str:
     rows, reasons = [], []
     for key, kind in kinds.items():
         found = verdicts(kind)
-        rows.append([f"[{key}](methods/{key}.md)", *(NO if found[mode] else YES for mode in MODES)])
-        refused = dict.fromkeys(reason for reason in found.values() if reason)
+        shown = (NO if one.reason else code(one.text) if one.option else YES for one in found.values())
+        rows.append([f"[{key}](methods/{key}.md)", *shown])
+        refused = dict.fromkeys(one.reason for one in found.values() if one.reason)
         if refused:
             reasons.append([f"[{key}](methods/{key}.md)", " ".join(cell(reason) for reason in refused)])
     return "\n\n".join([

@@ -117,7 +117,7 @@ class Ground:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
         left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
         rows, seed = Pooled(self.federation), self.recipe.seed
-        coder = codec_of(self.recipe) if isinstance(method, Method) else None
+        coder = codec_of(self.recipe) if isinstance(method, Method) and self.recipe.secure is None else None
         groups = self.roster, self.learners
         return LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, guard)
 
@@ -318,7 +318,7 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
     if recipe.secure is not None:
         from fedllm.modes.secagg.compose import secured
 
-        found = secured(recipe.secure, method, found, sizes, cohort, recipe.codec.idle)
+        found = secured(recipe.secure, method, found, sizes, cohort, codec_of(recipe))
     if recipe.encrypted is not None:
         from fedllm.modes.encrypted.compose import encrypted
 
@@ -445,7 +445,7 @@ class Leg:
         engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)
         codec = codec_of(recipe)
-        if codec is not None and isinstance(method, Method):
+        if codec is not None and isinstance(method, Method) and recipe.secure is None:  # a sum has no codes to undo
             self.server.opened = codec.decode
         start = ground.learner.initial()
         moves = {n for n in start if method.trainable(n) and n not in self.worker.left}

@@ -23,6 +23,9 @@ from fedllm.core.server import Server
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors
 
+PRODUCT = ".lora_BA"
+"""Ending of the name of a product."""
+
 
 class MixedRanks(Method, abstract=True):
     """A method over LoRA factors whose clients may have different ranks."""
@@ -74,6 +77,12 @@ def factors(params: Tensors) -> Owned:
     """The factors of a client as they are uploaded: entries of the global pair that this client owns."""
     rank = largest_rank(params)
     return Owned(params, rank_view(params, rank))
+
+
+def products(params: Tensors) -> Tensors:
+    """B A of every pair under its layer's name, [out, in], and the tensors that are no factors: they can be summed."""
+    whole = {name: tensor for name, tensor in params.items() if not name.endswith((A, B))}
+    return {**{name + PRODUCT: pair.product() for name, pair in pairs(params).items()}, **whole}
 
 
 def widened(found: Tensors, like: Tensors) -> dict[str, LoraPair]:

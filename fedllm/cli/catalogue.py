@@ -69,13 +69,13 @@ def list_modes(keys: list[str], as_json: bool) -> None:
     kinds = {**methods(), **protocols()}
     found = {key: verdicts(kinds[key]) for key in keys}
     if as_json:
-        screen.emit(found)
+        screen.emit({key: {mode: one._asdict() for mode, one in modes.items()} for key, modes in found.items()})
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     for name in ("method", *MODES):
         table.add_column(name, no_wrap=True)
-    for key, reasons in found.items():
-        table.add_row(key, *("-" if reasons[mode] else "yes" for mode in MODES))
+    for key, modes in found.items():
+        table.add_row(key, *(modes[mode].text for mode in MODES))
     screen.show(table)
     screen.say("-: refused before training; --json, and the page 'Modes' of the docs, say why", "dim")
 

@@ -65,6 +65,8 @@ class Guard:
 
     hides: ClassVar[bool] = False
     """Whether a client half may not read its rows in `work`, nor send measurements of them."""
+    private: tuple[str, ...] = ()
+    """Names it may keep in a client's private store."""
 
     def fit(self, client: str, round: int, number: int, count: int, request: Request) -> PrivateFit | None:
         """How the `number`-th piece of work that a client half asks for in `work` is done on `count` examples.

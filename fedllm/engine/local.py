@@ -93,7 +93,7 @@ class LocalWorker:
         self.guard = guard or Guard()
         self.coder, self.width = coder, Width(1, "nobody asked for more")
         kept = () if coder is None else (coder.memory_name,)
-        self.private = PrivateStore((*algorithm.private, *kept), private_folder)
+        self.private = PrivateStore((*algorithm.private, *self.guard.private, *kept), private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
         self._cached = 0
         self._rest: dict[tuple[int, frozenset[str]], Tensors] = {}

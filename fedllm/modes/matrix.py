@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from fedllm.core.errors import ModeConflict
 from fedllm.core.method import Method
@@ -29,15 +29,41 @@ MODES: dict[str, Callable[[Any], object]] = {
 """Each mode and what refuses a method with it."""
 
 
-def verdicts(kind: type[Any]) -> dict[str, str]:
-    """Mode -> why a method or protocol does not go with it; "" where it does. Weights are uniform where it has any."""
+class Verdict(NamedTuple):
+    """Whether a method goes with a mode.
+
+    Attributes:
+        reason: why it is refused; "" where it is not.
+        option: the value of the method's option `upload` that it takes; "" where any will do.
+    """
+
+    reason: str = ""
+    option: str = ""
+
+    @property
+    def text(self) -> str:
+        """For a cell of a table."""
+        return "-" if self.reason else f"upload={self.option}" if self.option else "yes"
+
+
+def verdicts(kind: type[Any]) -> dict[str, Verdict]:
+    """Mode -> whether a method or protocol goes with it. Weights are uniform where it has any."""
     options: dict[str, Any] = {"weighting": "uniform"} if "weighting" in kind.model_fields else {}
-    method = kind(**options, **{name: True for name in getattr(kind, "needs", ())})
+    options |= {name: True for name in getattr(kind, "needs", ())}
+    others = get_args(kind.model_fields["upload"].annotation) if "upload" in kind.model_fields else ()
     found = {}
     for mode, check in MODES.items():
-        try:
-            check(method)
-            found[mode] = ""
-        except ModeConflict as fault:
-            found[mode] = str(fault)
+        found[mode] = Verdict(_refusal(check, kind(**options)))
+        for value in others if found[mode].reason else ():
+            if not _refusal(check, kind(**options, upload=value)):
+                found[mode] = Verdict(option=value)
+                break
     return found
+
+
+def _refusal(check: Callable[[Any], object], method: Any) -> str:
+    try:
+        check(method)
+    except ModeConflict as fault:
+        return str(fault)
+    return ""

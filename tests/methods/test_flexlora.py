@@ -51,6 +51,14 @@ def test_equal_ranks_are_the_truncated_svd_of_the_mean_product(split: Any) -> No
         assert torch.isclose((wanted - best).square().sum(), tail, rtol=1e-3)
 
 
+def test_products_uploaded_become_what_factors_become() -> None:
+    by_factors, by_products = play(ranks=MIXED), play(ranks=MIXED, upload="products")
+    for name, pair in pairs(by_factors.state.params).items():
+        assert torch.allclose(pair.product(), pairs(by_products.state.params)[name].product(), atol=1e-5), name
+    first = next(iter(by_products.uploads.values()))
+    assert {tuple(t.shape) for t in first.update.values()} == {(64, 64)}
+
+
 def test_where_ranks_sum_to_less_than_the_largest_d_is_kept_exactly() -> None:
     found = play(rank=16, ranks=dict.fromkeys(MIXED, 2))
     for name, wanted in mean_products(found).items():

@@ -31,6 +31,7 @@ from fedllm.modes.secagg.server import Server as Summing
 
 if TYPE_CHECKING:
     from fedllm.core.server import Answer, Server
+    from fedllm.modes.codec import Codec
     from fedllm.modes.privacy.central import Central
     from fedllm.modes.secagg.settings import SecureSettings
 
@@ -38,6 +39,8 @@ PART = "secure"
 """The part of a message that belongs to the secure sum."""
 LOSS = 100.0
 """A training loss in the vector is at most this; it stands there as a share of it."""
+LOSS_BITS = 15
+"""So fine is that share at least: it is written in several entries where one entry has fewer bits."""
 Layout = list[tuple[str, str, list[int]]]
 """Part, name and shape of each tensor, in the order of the vector."""
 
@@ -50,14 +53,23 @@ class SecureSum(Guard):
         method: must reduce every part by a mean of one weighting.
         count: the most clients in one sum.
         central: privacy of clients, whose noise the server adds to the sum; None for none.
+        codec: a codec of integers with one public scale: its integers are what is summed.
 
     Raises:
         ModeConflict: a method or a privacy that no secure sum can serve.
         ConfigError: settings that cannot be kept for so many clients.
     """
 
-    def __init__(self, settings: SecureSettings, method: Method, count: int, central: Central | None = None) -> None:
-        self.settings, self.count, self.central = settings, count, central
+    def __init__(
+        self,
+        settings: SecureSettings,
+        method: Method,
+        count: int,
+        central: Central | None = None,
+        codec: Codec | None = None,
+    ) -> None:
+        self.settings, self.count, self.central, self.codec = settings, count, central, codec
+        self.private = () if codec is None else (codec.memory_name,)
         self.weighting = weighting_of(method, "The section 'secure'")
         self.policy = Policy(settings.graph, settings.dropout, settings.corruption, settings.minimum)
         self._ring(settings.clip)
@@ -82,13 +94,15 @@ class SecureSum(Guard):
         layout: Layout = received.numbers[PART]["layout"]
         bound = received.numbers[PART]["bound"]
         ring = self._ring(self.settings.clip if bound is None else float(bound))
-        extra = 1 + (bound is not None)
+        extra = _digits(ring) + (bound is not None)
         me = Client(client.id, sum(math.prod(shape) for _, _, shape in layout) + extra, ring, self.policy)
         received = await client.exchange(_said(me.advertise(_heard(Setup, received))))
         received = await client.exchange(_said(me.share(_heard(Roster, received))))
         deal = _heard(Deal, received)
         rest = {name: part for name, part in received.parts.items() if name != PART}
         upload = await function(algorithm, client, Received.of(rest, received.numbers))
+        if self.codec is not None:
+            upload = _rounded(self.codec, upload, client)
         values, weight = self._vector(upload, layout, ring, bound)
         received = await client.exchange(_said(me.mask(deal, values, weight)))
         received = await client.exchange(_said(me.confirm(_heard(Survivors, received))))
@@ -113,10 +127,10 @@ class SecureSum(Guard):
             clipped, _, _ = clip(flat, bound)
             held = {key: clipped[f"{key[0]}/{key[1]}"] for key in held}
         total, n = upload.metrics.get("loss", (0.0, 0.0))
-        loss = min(max(total / n, 0.0), LOSS) / LOSS * ring.clip if n > 0 and math.isfinite(total) else 0.0
+        loss = min(max(total / n, 0.0), LOSS) / LOSS if n > 0 and math.isfinite(total) else 0.0
         body = [held[part, name].detach().cpu().double().reshape(-1).numpy() for part, name, _ in layout]
         weight = upload.weight if self.weighting == "examples" else 1.0
-        return numpy.concatenate([numpy.array([loss, *within]), *body]), weight
+        return numpy.concatenate([numpy.array([*_written(loss, ring), *within]), *body]), weight
 
     # -- guard --------------------------------------------------------------------------------------------------------
 
@@ -256,7 +270,8 @@ class _Secure(Reduction):
             for part in sorted(self.reducers)
             for name, tensor in sorted(self.expected[part].items())
         ]
-        self.extra = 1 if guard.central is None else 2
+        self.digits = _digits(guard._ring(1.0))
+        self.extra = self.digits + (guard.central is not None)
         self.size = self.extra + sum(math.prod(shape) for _, _, shape in self.layout)
         self.total: Any = None
 
@@ -268,8 +283,9 @@ class _Secure(Reduction):
             return Update(population=population)
         mean = total.mean
         update.weight = float(total.weight)
-        clip = total.step * self.guard._ring(1.0).top
-        update.metrics = {"loss": (float(mean[0]) / clip * LOSS * update.weight, update.weight)}
+        top = self.guard._ring(1.0).top
+        loss = sum(float(mean[n]) / total.step / top ** (n + 1) for n in range(self.digits))
+        update.metrics = {"loss": (loss * LOSS * update.weight, update.weight)}
         body = torch.from_numpy(numpy.asarray(mean if central is None else total.sum)[self.extra :])
         sizes = [math.prod(shape) for _, _, shape in self.layout]
         flat = {
@@ -277,7 +293,7 @@ class _Secure(Reduction):
             for (part, name, shape), piece in zip(self.layout, body.split(sizes), strict=True)
         }
         if central is not None:
-            flat = central.published(flat, float(total.sum[1]) / clip, self.round)
+            flat = central.published(flat, float(total.sum[self.digits]) / (total.step * top), self.round)
             update.clients = max(1, round(central.expected))
             update.weight = float(update.clients)
         for part in self.reducers:
@@ -300,6 +316,30 @@ def _coins(central: Central, minimum: int) -> None:
             f"Allowed: a hundredth of privacy.delta={central.settings.delta:g}.",
             action="Raise cohort, or set privacy.sampling=fixed.",
         )
+
+
+def _digits(ring: Ring) -> int:
+    """In how many entries a loss is written."""
+    return -(-LOSS_BITS // (ring.precision - 1))
+
+
+def _written(share: float, ring: Ring) -> list[float]:
+    """A number from 0 to 1 as digits to the base L, the highest first, as entries of a vector: digits add up."""
+    found = []
+    for left in reversed(range(_digits(ring))):
+        digit = math.floor(share * ring.top) if left else round(share * ring.top)
+        share = share * ring.top - digit
+        found.append(digit * ring.step)
+    return found
+
+
+def _rounded(codec: Codec, upload: Upload, client: Any) -> Upload:
+    """The upload as its codes stand for; what rounding lost stays with the client, where the codec feeds it back."""
+    before = client.private.get(codec.memory_name)
+    coded, after = codec.encode(upload, before, client.rng("codec"))
+    if after is not before and after is not None:
+        client.private[codec.memory_name] = after
+    return codec.decode(coded)
 
 
 def _said(letter: Letter) -> Upload:

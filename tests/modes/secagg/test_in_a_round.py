@@ -13,7 +13,9 @@ from fedllm.core.guard import Guard
 from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode
 from fedllm.effects.rig import Play
+from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.methods import find
+from fedllm.modes.codec import Codec
 from fedllm.modes.secagg.compose import secured
 from fedllm.modes.secagg.guard import PART, SecureSum
 from fedllm.modes.secagg.settings import SecureSettings
@@ -235,9 +237,69 @@ def test_methods_that_need_more_than_a_sum_are_refused(key: str):
 
 def test_other_modes_and_weights_beyond_the_settings_are_refused():
     what, sizes = method(), {f"c{k}": 12 for k in range(6)}
-    with pytest.raises(ModeConflict, match="'codec'"):
-        secured(settings(), what, Guard(), sizes, 6, False)
     with pytest.raises(ConfigError, match=r"Set secure\.max_weight=12"):
-        secured(settings(), what, Guard(), sizes, 6, True)
+        secured(settings(), what, Guard(), sizes, 6, None)
     with pytest.raises(ConfigError, match="Raise cohort"):
-        secured(settings(max_weight=20.0), what, Guard(), sizes, 2, True)
+        secured(settings(max_weight=20.0), what, Guard(), sizes, 2, None)
+
+
+# -- with a codec -----------------------------------------------------------------------------------------------------
+
+
+def coded(what: Any, codec: Codec, rounds: int = 3, **given: Any) -> tuple[Play, Play]:
+    """A plain run with a codec, and the same under a secure sum."""
+    plain, sizes = Play(what, learner(), rows(), rounds=rounds), {f"c{k}": k + 1 for k in range(6)}
+    worker = LocalWorker(learner(), what, plain.worker.rows, 0, coder=codec)
+    plain.worker = worker
+    plain.server.engine = LocalEngine(worker, sorted(sizes), 6)
+    plain.server.opened = codec.decode
+    guard = secured(SecureSettings(**given), what, Guard(), sizes, 6, codec)
+    secure = Play(what, learner(), rows(), guard=guard, rounds=rounds)
+    for play in (plain, secure):
+        play.rounds(rounds)
+        assert [r.failed for r in play.records] == [None] * rounds and not play.records[0].lost
+    return plain, secure
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_codes_of_one_public_scale_are_summed_as_they_are(kind: Any, feedback: bool):
+    """The same draws, the same codes: the mean is that of the plain run but for the last bits of float32."""
+    codec = Codec(kind=kind, clip=0.25, error_feedback=feedback)
+    plain, secure = coded(method(weighting="uniform"), codec)
+    for name, tensor in plain.state.params.items():
+        assert torch.allclose(secure.state.params[name], tensor, atol=1e-6), name
+    kept, alike = (play.worker.private.open("c3").get(codec.memory_name) for play in (secure, plain))
+    assert (kept is not None) == feedback, "what rounding lost stays at the clients"
+    assert all(torch.allclose(kept[name], tensor, atol=1e-5) for name, tensor in (alike or {}).items())
+    assert secure.records[0].loss == pytest.approx(plain.records[0].loss, abs=0.02), "in digits, it is not so coarse"
+
+
+def test_codes_take_the_bytes_of_their_bits():
+    wide, sizes = method(weighting="uniform"), dict.fromkeys("abcdef", 2)
+    sixteen = SecureSum(SecureSettings(), wide, 6)._ring(1.0)
+    four = secured(SecureSettings(), wide, Guard(), sizes, 6, Codec(kind="int4", clip=1.0))._ring(1.0)
+    assert four.packed_bytes(100_000) / sixteen.packed_bytes(100_000) == pytest.approx(7 / 19, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("codec", "given", "match"),
+    [
+        ({"kind": "int8"}, {}, "codec.clip"),
+        ({"kind": "topk"}, {}, "do not add up"),
+        ({"kind": "int8", "clip": 1.0}, {"precision": 16}, "Remove secure.precision"),
+        ({"kind": "int8", "clip": 1.0}, {"clip": 2.0}, "Remove secure.clip"),
+    ],
+)
+def test_codes_that_do_not_add_up_are_refused(codec: dict[str, Any], given: dict[str, Any], match: str):
+    with pytest.raises(ModeConflict, match=match):
+        what = method(weighting="uniform")
+        secured(SecureSettings(**given), what, Guard(), dict.fromkeys("abc", 2), 3, Codec(**codec))
+
+
+def test_weights_beside_a_codec_are_refused():
+    with pytest.raises(ModeConflict, match="weighting=uniform"):
+        secured(settings(), method(), Guard(), dict.fromkeys("abc", 2), 3, Codec(kind="int8", clip=1.0))
+    with pytest.raises(ModeConflict, match="not coded"):
+        what = method("scaffold", weighting="uniform")
+        secured(settings(), what, Guard(), dict.fromkeys("abc", 2), 3, Codec(kind="int8", clip=1.0))
