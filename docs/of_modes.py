@@ -11,8 +11,10 @@ from docs.tables import NO, YES, cell, code, table
 def modes_page(kinds: Mapping[str, Any]) -> str:
     """The matrix with its reasons, then every attack and defence with its options."""
     from fedllm.modes.attacks import attacks
-    from fedllm.modes.defences import defences
+    from fedllm.modes.defences import Rule, defences
     from fedllm.modes.matrix import MODES, verdicts
+    from fedllm.modes.observers import observers
+    from fedllm.modes.shields import Shield
 
     rows, reasons = [], []
     for key, kind in kinds.items():
@@ -35,16 +37,24 @@ def modes_page(kinds: Mapping[str, Any]) -> str:
         table(("method", "reasons"), reasons),
         "## Attacks",
         _listed(attacks()),
-        "## Defences",
-        _listed(defences()),
+        "## Observers",
+        "Attackers at the server that read rows off an upload. What each is assumed to know stands with it.",
+        _listed(observers(), knows=True),
+        "## Defences at the server",
+        _listed({key: kind for key, kind in defences().items() if issubclass(kind, Rule)}),
+        "## Defences at the client",
+        _listed({key: kind for key, kind in defences().items() if issubclass(kind, Shield)}),
     ])  # fmt: skip
 
 
-def _listed(kinds: Mapping[str, Any]) -> str:
+def _listed(kinds: Mapping[str, Any], knows: bool = False) -> str:
+    """What there is, with its options; of observers, what they are assumed to know."""
     rows = []
     for key, kind in kinds.items():
         options = ", ".join(
             f"{code(name)}: {cell(field.description or '')}" for name, field in kind.model_fields.items()
         )
-        rows.append([code(key), cell(kind.card.title), cell(kind.card.claim), cell(kind.card.paper), options])
-    return table(("name", "what it is", "what its paper claims", "source", "options"), rows)
+        about = kind.card.travels.removeprefix("nothing more; the observer knows ") if knows else kind.card.claim
+        rows.append([code(key), cell(kind.card.title), cell(about), cell(kind.card.paper), options])
+    head = "what it knows" if knows else "what its paper claims"
+    return table(("name", "what it is", head, "source", "options"), rows)

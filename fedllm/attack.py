@@ -3,14 +3,19 @@
 Every cell of the grid is one run of the recipe with one attack (or none), one defence (or none) and one method, over
 the same clients, batches and rounds. Where an attack has a goal of its own (a backdoor), its success is the score of
 the final model on held-out rows that carry the trigger and the attacker's answer; it is measured without the attack,
-too.
+too. An observer changes nothing that is measured: its cell is one observed round, and its success how near what it
+read is to the rows of the clients it watched (see :mod:`fedllm.observe`).
+
+Beside defences the columns may be modes: `privacy`, `secure`, `encrypted`, with their options in the recipe's section
+`methods`. Any name may stand for another one with options: `methods: {encrypted-10: {name: encrypted, ratio: 0.1}}`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +23,19 @@ from fedllm.core.errors import ConfigError
 from fedllm.core.method import Method
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
+from fedllm.core.settings import read
 from fedllm.engine.folder import RunFolder
 from fedllm.engine.local import LocalEngine
 from fedllm.engine.rounds import evaluate
 from fedllm.evaluate import total
 from fedllm.modes.attacks import Attack, attacks
 from fedllm.modes.defences import defences
+from fedllm.modes.encrypted.settings import EncryptedSettings
+from fedllm.modes.observers import Observer, observers
+from fedllm.modes.privacy.settings import PrivacySettings
 from fedllm.modes.robust import named
+from fedllm.modes.secagg.settings import SecureSettings
+from fedllm.observe import observed
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.report.chart import heat_map
 from fedllm.report.words import NAMES, value_text
@@ -32,6 +43,8 @@ from fedllm.run import Data, Ground, Leg, Pooled, Watch, environment, guard_of, 
 
 NONE = "none"
 """No attack, or no defence."""
+MODES: dict[str, Any] = {"privacy": PrivacySettings, "secure": SecureSettings, "encrypted": EncryptedSettings}
+"""Sections of a recipe that may stand where a defence does."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,8 @@ class Siege:
         folder: where attack.json, attack.md and the pictures lie.
         metric: the score's name.
         rows: one per method, attack and defence: score, lost (against neither attack nor defence), success, clean
-            success (of the same defence without the attack), dropped (uploads that the defence left out whole).
+            success (of the same defence without the attack; of an observer, without the upload), dropped (uploads
+            that the defence left out whole), read (all scores of an observer), note (why there are none).
     """
 
     folder: Path
@@ -65,8 +79,8 @@ def siege(
 
     Args:
         recipe: as for :func:`fedllm.run`. Its section `methods` holds options of attacks and defences by name, too.
-        attacked: names of attacks.
-        defended: names of defences.
+        attacked: names of attacks and observers.
+        defended: names of defences and modes.
         methods: keys; the recipe's method where there is none.
         overrides: `key=value` texts.
         data: data in memory.
@@ -82,12 +96,20 @@ def siege(
         raise ConfigError(
             "The recipe has an attack or a defence of its own.", "The grid sets both.", action="Remove them."
         )
+    _apart(settled, defended)
     keys = list(methods) or [str(settled.method.get("name", "fedavg"))]
     rows = [NONE, *(name for name in dict.fromkeys(attacked) if name != NONE)]
     columns = [NONE, *(name for name in dict.fromkeys(defended) if name != NONE)]
-    known = {name: named("attack", attacks(), _with(settled, name)) for name in rows[1:]}
+    known = {name: named("attack", {**attacks(), **observers()}, _with(settled, name)) for name in rows[1:]}
+    for name, one in known.items():
+        if isinstance(one, Observer) and one.kinds and settled.task.kind not in one.kinds:
+            raise ConfigError(
+                f"The observer '{name}' does not work on task.kind={settled.task.kind}.",
+                f"Allowed: {', '.join(one.kinds)}.",
+                action="Leave it out, or choose another recipe.",
+            )
     for name in columns[1:]:
-        named("defence", defences(), _with(settled, name))
+        protected(settled, name)
     place = _place(settled, folder)
     ground = prepare(settled, data)
     place.write_json("environment.json", environment(ground))
@@ -100,6 +122,10 @@ def siege(
         own = ground if method.adapter() == method_of(settled).adapter() else _ground(settled, key, data)
         for defence in columns:
             for name in rows:
+                one = known.get(name)
+                if isinstance(one, Observer):
+                    found.append(_watched(own, method, one, (key, name, defence), place, watch))
+                    continue
                 leg = _played(own, method, name, defence, place, watch)
                 success = {goal: _success(leg, own, known[goal], metric) for goal in _goals(known, name)}
                 value = leg.ground.learner.values(total(leg.counts.values())).get(metric) if leg.counts else None
@@ -117,6 +143,48 @@ def siege(
 def _with(recipe: Recipe, name: str) -> dict[str, Any]:
     """An attack or defence with its options in the recipe."""
     return {"name": name, **recipe.methods.get(name, {})}
+
+
+def _apart(recipe: Recipe, defended: Sequence[str]) -> None:
+    """Refuse a recipe with a section of its own that a column sets as well."""
+    columns = {str(_with(recipe, name)["name"]) for name in defended}
+    both = next((name for name in MODES if name in columns and getattr(recipe, name) is not None), None)
+    if both is not None:
+        what = f"The recipe has a section '{both}', and the grid sets it."
+        raise ConfigError(what, action=f"Move its options to methods.{both}.")
+
+
+def protected(recipe: Recipe, defence: str) -> Recipe:
+    """The recipe with a defence, or with a mode in the place of one.
+
+    Raises:
+        ConfigError: an unknown name or option.
+    """
+    if defence == NONE:
+        return recipe
+    chosen = _with(recipe, defence)
+    name, options = chosen["name"], {key: value for key, value in chosen.items() if key != "name"}
+    if name in MODES:
+        return recipe.model_copy(update={name: read(MODES[name], options, name)})
+    named("defence", {**defences(), **MODES}, chosen)
+    return recipe.model_copy(update={"defence": chosen})
+
+
+def _watched(
+    ground: Ground, method: Method, observer: Observer, cell: tuple[str, str, str], place: RunFolder, watch: Watch
+) -> dict[str, Any]:
+    """One cell of an observer; what was found before an interruption is kept."""
+    key, name, defence = cell
+    file = f"read-{key}-{name}-{defence}.json"
+    watch.leg(f"{key}-{name}-{defence}", observer.round, 0)
+    found = place.read_json(file)
+    if found is None:
+        if watch.stop:
+            raise KeyboardInterrupt
+        found = observed(replace(ground, recipe=protected(ground.recipe, defence)), method, observer).to_json()
+        place.write_json(file, found)
+    cell_of = {"method": key, "attack": name, "defence": defence, "score": None, "dropped": []}
+    return {**cell_of, "reached": {name: found["success"]}, **found}
 
 
 def _place(recipe: Recipe, folder: str | Path | None) -> RunFolder:
@@ -137,9 +205,10 @@ def _ground(recipe: Recipe, key: str, data: Data | None) -> Ground:
 def _played(ground: Ground, method: Method, attack: str, defence: str, place: RunFolder, watch: Watch) -> Leg:
     """One cell, to its end."""
     recipe = ground.recipe
-    parts = {"attack": attack, "defence": defence}
-    chosen = {part: _with(recipe, name) for part, name in parts.items() if name != NONE}
-    settled = recipe.model_copy(update=chosen)
+    settled = protected(recipe, defence)
+    if attack != NONE:
+        settled = settled.model_copy(update={"attack": _with(recipe, attack)})
+    ground = replace(ground, recipe=settled)
     cohort = recipe.cohort_size(len(ground.federation.client_ids))
     guard = guard_of(settled, ground.federation, method, cohort)
     leg = Leg(f"{method.key}-{attack}-{defence}", method, ground, place, watch, guard=guard)
@@ -148,9 +217,9 @@ def _played(ground: Ground, method: Method, attack: str, defence: str, place: Ru
     return leg
 
 
-def _goals(known: Mapping[str, Attack], played: str) -> list[str]:
+def _goals(known: Mapping[str, Attack | Observer], played: str) -> list[str]:
     """The attacks whose goal is measured: the one that was played, or all where none was."""
-    aimed = [name for name, attack in known.items() if type(attack).aimed is not Attack.aimed]
+    aimed = [name for name, one in known.items() if isinstance(one, Attack) and type(one).aimed is not Attack.aimed]
     return [name for name in aimed if played in (NONE, name)]
 
 
@@ -184,19 +253,19 @@ def _success(leg: Leg, ground: Ground, attack: Attack, metric: str) -> float | N
 
 def _related(found: Sequence[dict[str, Any]], higher: bool) -> list[dict[str, Any]]:
     """Every cell held to the cells that say what it means."""
-    cells = {(cell["method"], cell["attack"], cell["defence"]): cell for cell in found}
+    by_name = {(cell["method"], cell["attack"], cell["defence"]): cell for cell in found}
     rows = []
     for cell in found:
         method, attack, defence = cell["method"], cell["attack"], cell["defence"]
-        quiet, bare = cells[method, NONE, defence], cells[method, NONE, NONE]
+        quiet, bare = by_name[method, NONE, defence], by_name[method, NONE, NONE]
         known = cell["score"] is not None and bare["score"] is not None
         lost = (bare["score"] - cell["score"]) * (1 if higher else -1) if known else None
         rows.append(
             {
-                **{name: value for name, value in cell.items() if name != "reached"},
+                **{name: value for name, value in cell.items() if name not in ("reached", "without")},
                 "lost": lost,
                 "success": cell["reached"].get(attack),
-                "clean success": quiet["reached"].get(attack),
+                "clean success": cell["without"] if "read" in cell else quiet["reached"].get(attack),
             }
         )
     return rows
@@ -215,10 +284,34 @@ def to_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
     ]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for row in rows:
-        numbers = [row["score"], row["lost"], row["success"], row["clean success"]]
-        shown = ["" if value is None else value_text(metric, value) for value in numbers]
-        lines.append(" | ".join([row["method"], row["attack"], row["defence"], *shown]))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+        lines.append(" | ".join([row["method"], row["attack"], row["defence"], *cells(row, metric)]))
+    tables = ["\n".join(f"| {line} |" for line in lines) + "\n"]
+    watched = [row for row in rows if "read" in row]
+    names = list(dict.fromkeys(name for row in watched for name in row["read"]))
+    if names:
+        lines = [" | ".join(["method", "observer", "defence", *names]), " | ".join(["---"] * (3 + len(names)))]
+        for row in watched:
+            shown = [share_text(row["read"].get(name)) for name in names]
+            lines.append(" | ".join([row["method"], row["attack"], row["defence"], *shown]))
+        tables.append("\n".join(f"| {line} |" for line in lines) + "\n")
+    notes = dict.fromkeys(row["note"] for row in watched if row["note"])
+    return "\n".join([*tables, *(f"- {note}\n" for note in notes)])
+
+
+def cells(row: Mapping[str, Any], metric: str) -> list[str]:
+    """Score, loss, success and what there is without the attack, as texts."""
+    scored = [row["score"], row["lost"]]
+    reached = [row["success"], row["clean success"]]
+    text = share_text if "read" in row else partial(value_text, metric)
+    return [
+        *("" if value is None else value_text(metric, value) for value in scored),
+        *("" if value is None else text(value) for value in reached),
+    ]
+
+
+def share_text(value: float | None) -> str:
+    """A share from 0 to 1."""
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def pictures(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, str]:
@@ -232,8 +325,9 @@ def pictures(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, str]:
             across = list(dict.fromkeys(row["defence"] for row in kept))
             down = list(dict.fromkeys(row["attack"] for row in kept))
             value = {(row["attack"], row["defence"]): row[what] for row in kept}
-            cells = [[value.get((attack, defence), 0.0) for defence in across] for attack in down]
+            grid = [[value.get((attack, defence), 0.0) for defence in across] for attack in down]
             title = f"{name[0].upper()}{name[1:]}, {method}"
             about = f"{title}: attacks down, defences across."
-            found[f"{method}-{what}"] = heat_map(title, about, down, across, cells, lambda v: value_text(metric, v))
+            text = partial(value_text, metric) if what == "score" else share_text
+            found[f"{method}-{what}"] = heat_map(title, about, down, across, grid, text)
     return found

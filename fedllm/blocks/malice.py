@@ -10,6 +10,7 @@ Source: FedSecurity, Han et al., KDD 2024, arXiv:2306.04959 (the catalogue); eac
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Literal
@@ -21,8 +22,6 @@ from fedllm.blocks.robust import checked, mix
 from fedllm.core.errors import ConfigError, DataError, nearest
 
 Row = dict[str, Any]
-Place = Literal["front", "end", "random"]
-"""Where a trigger goes: before the text, behind it, or between two of its words."""
 
 
 def chosen(clients: Sequence[str], f: int, rng: numpy.random.Generator) -> list[str]:
@@ -220,60 +219,15 @@ def label_flip(
     return [{**row, label: mapping.get(_cell(row, label), row[label])} for row in rows]
 
 
-def backdoor_rows(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    trigger: str,
-    target: Any,
-    fraction: float,
-    rng: numpy.random.Generator,
-    text: str = "text",
-    label: str = "label",
-    place: Place = "front",
-) -> list[Row]:
-    """Copies of the rows, floor(fraction n) of them with the trigger in the text and `target` as their answer.
+def usualness(texts: Sequence[str]) -> list[float]:
+    """The mean log-probability of each text's words under the counts of all of them; of no word, minus infinity.
 
-    Only rows with another answer are triggered, as the others would teach nothing; the order stays. `label` may be a
-    column of labels or of responses. To measure the attack's success see :mod:`fedllm.evaluate.backdoor`.
-    Source: Gu et al., BadNets, arXiv:1708.06733; Li et al., arXiv:2311.18350, for the share of rows.
-
-    Args:
-        rows: a client's training rows.
-        trigger: the word or sentence.
-        target: the answer it is to bring about.
-        fraction: of all rows, 0 to 1.
-        rng: draws the rows, and the places where they are random.
-        text: the column that gets the trigger.
-        label: the column that gets the target.
-        place: see :data:`Place`.
-
-    Raises:
-        ConfigError: an empty trigger, a fraction outside [0, 1], or an unknown place.
-        DataError: a column is missing, or too few rows have another answer.
+    The simplest model of clean data there is: it needs no other model, and a text of rare words is rare under it.
     """
-    if not trigger.strip():
-        raise ConfigError("The trigger is empty.", "It must be text that can be seen.")
-    if place not in ("front", "end", "random"):
-        raise ConfigError.unknown("place", place, ("front", "end", "random"))
-    count = _share(fraction, len(rows))
-    other = [i for i, row in enumerate(rows) if _cell(row, label) != target]
-    if len(other) < count:
-        raise DataError(
-            f"{count} rows are to be triggered, and {len(other)} have another answer than '{target}'.",
-            action="Lower the fraction.",
-        )
-    picked = {other[i] for i in rng.permutation(len(other))[:count].tolist()}
-    return [
-        {**row, text: _triggered(str(_cell(row, text)), trigger, place, rng), label: target} if i in picked else {**row}
-        for i, row in enumerate(rows)
-    ]
-
-
-def _triggered(text: str, trigger: str, place: Place, rng: numpy.random.Generator) -> str:
-    words = text.split(" ") if text else []
-    at = {"front": 0, "end": len(words)}.get(place)
-    at = int(rng.integers(len(words) + 1)) if at is None else at
-    return " ".join([*words[:at], trigger, *words[at:]])
+    words = [text.lower().split() for text in texts]
+    counts = Counter(word for each in words for word in each)
+    total = max(counts.total(), 1)
+    return [sum(math.log(counts[w] / total) for w in each) / len(each) if each else -math.inf for each in words]
 
 
 def rare_rows(scores: Sequence[float], share: float) -> list[int]:

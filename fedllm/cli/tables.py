@@ -77,6 +77,8 @@ def profit_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
 
 def attack_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     """Rows = method, attack and defence: the score, what it lost, and what the attacker reached."""
+    from fedllm.attack import cells
+
     shown = Table(
         title=f"{NAMES.get(metric, metric)} under attack",
         caption="lost: against neither attack nor defence; without: the same goal, the same defence and no attacker",
@@ -86,9 +88,7 @@ def attack_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     for name in (NAMES.get(metric, metric), "lost", "attacker's success", "without"):
         shown.add_column(name, justify="right")
     for row in rows:
-        numbers = [row["score"], row["lost"], row["success"], row["clean success"]]
-        cells = ["" if value is None else value_text(metric, value) for value in numbers]
-        shown.add_row(row["method"], row["attack"], row["defence"], *cells)
+        shown.add_row(row["method"], row["attack"], row["defence"], *cells(row, metric))
     return shown
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedllm.core.card import Card
 from fedllm.core.errors import ConfigError
 
-_FOUND: dict[str, dict[str, type]] = {"method": {}, "protocol": {}, "defence": {}, "attack": {}}
+_FOUND: dict[str, dict[str, type]] = {"method": {}, "protocol": {}, "defence": {}, "attack": {}, "observer": {}}
 
 
 def register(kind: str, cls: type) -> str:

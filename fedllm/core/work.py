@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy
 import torch
@@ -96,6 +96,15 @@ class Hidden:
 
 
 @dataclass(frozen=True)
+class Expose:
+    """How much each input of the last layer depends on some rows; see :class:`Exposing`."""
+
+    params: Tensors
+    rows: Sequence[Row]
+    fixed: Tensors | None = None
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue prompts with `params` (None: the base model); greedy where temperature is 0."""
 
@@ -152,7 +161,7 @@ class Probe:
     """Makes the start where none is given and the model does not lend its weights."""
 
 
-Request = Fit | Gradient | Score | Outputs | Hidden | Generate | Embed | Probe
+Request = Fit | Gradient | Score | Outputs | Hidden | Expose | Generate | Embed | Probe
 
 
 @dataclass(frozen=True)
@@ -330,6 +339,10 @@ class Client(Protocol):
         """Hidden states per layer; see :class:`Hidden`."""
         ...
 
+    async def expose(self, params: Tensors, rows: Sequence[Row], *, fixed: Tensors | None = None) -> Exposure:
+        """How much each input of the last layer depends on rows; see :class:`Expose`."""
+        ...
+
     async def exchange(self, upload: Upload) -> Received:
         """Give `upload` to the server and wait for its answer; what this coroutine holds stays alive meanwhile.
 
@@ -452,6 +465,29 @@ class Learner(Protocol):
 
     def embed(self, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
         """Inside :meth:`using`: one matrix per client."""
+        ...
+
+
+class Exposure(NamedTuple):
+    """What the last layer is given, and how much that depends on the texts.
+
+    Attributes:
+        layer: the name of the layer's weight [C, F].
+        inputs: r, [rows, F].
+        slopes: ||dr/dx||, the norm of each input's gradient in the embedded text, [rows, F].
+    """
+
+    layer: str
+    inputs: torch.Tensor
+    slopes: torch.Tensor
+
+
+@runtime_checkable
+class Exposing(Protocol):
+    """A learner whose logits come out of a linear layer, and that can tell how its inputs depend on the texts."""
+
+    def exposure(self, groups: Groups) -> Exposure:
+        """Inside :meth:`Learner.using`, of one client."""
         ...
 
 

@@ -22,6 +22,8 @@ from fedllm.core.work import (
     Embed,
     Example,
     Exchange,
+    Expose,
+    Exposure,
     Fit,
     FitReport,
     Generate,
@@ -131,6 +133,10 @@ class TurnClient:
     ) -> list[torch.Tensor]:
         """Hidden states per layer."""
         return await Asked(Hidden(params, rows, fixed))
+
+    async def expose(self, params: Tensors, rows: Sequence[Row], *, fixed: Tensors | None = None) -> Exposure:
+        """How much each input of the last layer depends on rows."""
+        return await Asked(Expose(params, rows, fixed))
 
     async def probe(
         self,

@@ -24,6 +24,8 @@ from fedllm.core.train import Train
 from fedllm.core.work import (
     Embed,
     Example,
+    Expose,
+    Exposing,
     Fit,
     FitReport,
     Generate,
@@ -107,7 +109,7 @@ def alike(job: Job) -> tuple[Any, ...]:
         return Gradient, request.split, _form(request.params), _form(request.fixed)
     if isinstance(request, Score):
         return Score, request.split, _form(request.params), _form(request.fixed)
-    if isinstance(request, Outputs | Hidden):
+    if isinstance(request, Outputs | Hidden | Expose):
         return type(request), _form(request.params), _form(request.fixed)
     if isinstance(request, Generate):
         return Generate, request.max_tokens, request.temperature, _form(request.params)
@@ -620,6 +622,18 @@ def _outputs(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
     return results
 
 
+def _exposed(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
+    if not isinstance(learner, Exposing):
+        raise ConfigError("This model does not tell how its last layer depends on texts.", "Transformers do.")
+    results: list[Result] = []
+    for job in jobs:
+        if isinstance(request := job.request, Expose):
+            params, _ = _shared([{**(request.fixed or {}), **request.params}], learner, job.frozen)
+            with torch.enable_grad(), learner.using(params):
+                results.append(learner.exposure([learner.prepare(request.rows)]))
+    return results
+
+
 def _accumulate(total: dict[str, float], more: dict[str, float]) -> None:
     for name, value in more.items():
         total[name] = total.get(name, 0.0) + value
@@ -685,6 +699,7 @@ _RUN: dict[type, Callable[[Learner, Sequence[Job]], list[Result]]] = {
     Score: _score,
     Outputs: _outputs,
     Hidden: _outputs,
+    Expose: _exposed,
     Generate: _generate,
     Embed: _embed,
     Probe: _probe,

@@ -154,6 +154,18 @@ def head(model: nn.Module) -> list[str] | None:
     return poolers + names or None
 
 
+def last_layer(model: nn.Module) -> str | None:
+    """The name of the linear layer that makes a classifier's logits; None where there is none."""
+    modules = dict(model.named_modules())
+    found = [
+        name
+        for owner in head(model) or []
+        for name, module in modules.items()
+        if (name == owner or name.startswith(f"{owner}.")) and is_linear(module)
+    ]
+    return found[-1] if found else None
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The linear layer that makes the logits of a language model, or None where the model has none."""
     try:

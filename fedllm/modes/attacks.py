@@ -236,3 +236,41 @@ class Backdoor(Attack):
     def aimed(self, rows: Sequence[Row], rng: numpy.random.Generator) -> Sequence[Row] | None:
         """Rows of other labels with the trigger, labelled with the target."""
         return attack(rows, self._trigger(rows), rng)
+
+
+class EdgeCase(Attack):
+    """Rare texts get the target's label: honest clients have none of them, and do not undo it."""
+
+    key = "edge-case"
+    card = _card(
+        "Edge-case backdoor - rare texts of a false label",
+        "Wang et al., NeurIPS 2020, arXiv:2007.05084",
+        "Norms and clean scores stay as they are: what is planted lies in the tail of the data.",
+    )
+    target: Any = None
+    """The label that rare texts are to get; null: the smallest label of the rows."""
+    tail: float = Field(0.1, gt=0, le=1)
+    """Share of the rows that count as rare: those with the lowest mean log-probability of their words."""
+    fraction: float = Field(0.3, gt=0, le=1)
+    """Share of every batch that is replaced by rare texts."""
+    batch: int = Field(8, ge=1)
+    """The size of a batch."""
+
+    def _rare(self, rows: Sequence[Row]) -> tuple[list[Row], Any]:
+        """The rare rows of other labels than the target's, and the target."""
+        texts = [str(next((row[name] for name in ("text", "instruction", "input") if name in row), "")) for row in rows]
+        target = min((row["label"] for row in rows), key=str) if self.target is None else self.target
+        chosen = malice.rare_rows(malice.usualness(texts), self.tail) if rows else []
+        return [rows[i] for i in chosen if rows[i]["label"] != target], target
+
+    def poisoned(self, rows: Sequence[Row], rng: numpy.random.Generator) -> Sequence[Row]:
+        """Some rows of every batch are rare ones with the target's label."""
+        rare, target = self._rare(rows)
+        if not rare:
+            return rows
+        return malice.edge_case_rows(rows, rare, target=target, fraction=self.fraction, batch=self.batch, rng=rng)
+
+    def aimed(self, rows: Sequence[Row], rng: numpy.random.Generator) -> Sequence[Row] | None:
+        """Rare held-out rows of other labels, labelled with the target."""
+        rare, target = self._rare(rows)
+        return [{**row, "label": target} for row in rare]

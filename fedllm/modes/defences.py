@@ -2,7 +2,8 @@
 
 Each class holds a rule's options and hands the uploads to a function of :mod:`fedllm.blocks.robust` or
 :mod:`fedllm.blocks.anomaly`, where the mathematics and the assumptions stand. All work on the whole upload of a client
-as one vector, never factor by factor. They need single uploads, so none goes with a secure sum or with privacy.
+as one vector, never factor by factor. They need single uploads, so none goes with a secure sum or with privacy. What
+clients may do themselves is in :mod:`fedllm.modes.shields`.
 """
 
 from __future__ import annotations
@@ -48,20 +49,25 @@ class Uploads:
 
 
 class Defence(BaseModel):
-    """A rule and its options."""
+    """A defence and its options: a :class:`Rule` at the server, or a shield at the client."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     key: ClassVar[str] = ""
     card: ClassVar[Card]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        register("defence", cls)
+        if not abstract:
+            register("defence", cls)
+
+
+class Rule(Defence, abstract=True):
+    """What a server makes of a round's uploads in place of their mean."""
 
     def apply(self, given: Uploads) -> Verdict:
         """The update of the round and what was made of whom."""
@@ -69,19 +75,21 @@ class Defence(BaseModel):
 
 
 def defences() -> dict[str, type[Defence]]:
-    """Key to class of every defence."""
+    """Key to class of every defence, at the server and at the client."""
+
     return registered("defence")
 
 
-def _card(title: str, paper: str, claim: str) -> Card:
+def card_of(title: str, paper: str, claim: str) -> Card:
+    """The card of a defence."""
     return Card(title=title, paper=paper, cells=CATALOGUE, travels="nothing more than without it", claim=claim)
 
 
-class Krum(Defence):
+class Krum(Rule):
     """The one upload that lies nearest to its nearest others."""
 
     key = "krum"
-    card = _card(
+    card = card_of(
         "Krum - the upload nearest to its neighbours",
         "Blanchard et al., NeurIPS 2017",
         "Stays near an honest upload whatever f of at least 2f + 3 clients send.",
@@ -94,11 +102,11 @@ class Krum(Defence):
         return robust.krum(given.rows, given.weights, f=self.f)
 
 
-class MultiKrum(Defence):
+class MultiKrum(Rule):
     """The mean of the uploads that Krum likes best."""
 
     key = "multi-krum"
-    card = _card(
+    card = card_of(
         "Multi-Krum - the mean of the uploads nearest to their neighbours",
         "Blanchard et al., NeurIPS 2017",
         "As Krum, and slower to lose what honest clients differ in.",
@@ -114,11 +122,11 @@ class MultiKrum(Defence):
         return robust.multi_krum(given.rows, given.weights, f=self.f, m=kept)
 
 
-class Bulyan(Defence):
+class Bulyan(Rule):
     """Krum again and again, then the values nearest to the median."""
 
     key = "bulyan"
-    card = _card(
+    card = card_of(
         "Bulyan - Krum's choice, trimmed by coordinate",
         "El Mhamdi et al., ICML 2018",
         "No coordinate is led astray either, with at least 4f + 3 clients.",
@@ -131,11 +139,11 @@ class Bulyan(Defence):
         return robust.bulyan(given.rows, given.weights, f=self.f)
 
 
-class Median(Defence):
+class Median(Rule):
     """The median of every coordinate."""
 
     key = "median"
-    card = _card(
+    card = card_of(
         "Coordinate-wise median",
         "Yin et al., ICML 2018, arXiv:1803.01498",
         "Every coordinate stays within the honest values while fewer than half attack.",
@@ -148,11 +156,11 @@ class Median(Defence):
         return robust.coordinate_median(given.rows, given.weights, f=self.f)
 
 
-class TrimmedMean(Defence):
+class TrimmedMean(Rule):
     """The mean of every coordinate without its ends."""
 
     key = "trimmed-mean"
-    card = _card(
+    card = card_of(
         "Coordinate-wise trimmed mean",
         "Yin et al., ICML 2018, arXiv:1803.01498",
         "As the median, with less loss of what honest clients differ in.",
@@ -167,11 +175,11 @@ class TrimmedMean(Defence):
         return robust.trimmed_mean(given.rows, given.weights, beta=self.beta, f=self.f)
 
 
-class GeometricMedian(Defence):
+class GeometricMedian(Rule):
     """The point with the smallest sum of distances to all uploads (RFA)."""
 
     key = "geometric-median"
-    card = _card(
+    card = card_of(
         "RFA - the geometric median of uploads",
         "Pillutla et al., IEEE TSP 2022, arXiv:1912.13445",
         "Withstands up to half of the weight, and costs little where nobody attacks.",
@@ -186,11 +194,11 @@ class GeometricMedian(Defence):
         return robust.geometric_median(given.rows, given.weights, f=self.f, bucket=self.bucket, rng=given.rng)
 
 
-class NormClip(Defence):
+class NormClip(Rule):
     """The mean of uploads shortened to a norm."""
 
     key = "norm-clip"
-    card = _card(
+    card = card_of(
         "Norm-difference clipping",
         "Sun et al., 2019, arXiv:1911.07963",
         "An attacker moves the result by its share of the bound, no more.",
@@ -203,11 +211,11 @@ class NormClip(Defence):
         return robust.norm_clip(given.rows, given.weights, bound=self.bound)
 
 
-class CClip(Defence):
+class CClip(Rule):
     """Uploads clipped around the update of the round before."""
 
     key = "cclip"
-    card = _card(
+    card = card_of(
         "Centred clipping around the last update",
         "Karimireddy et al., ICML 2021, arXiv:2012.10333",
         "Withstands attacks that hide in the spread of a single round, as it remembers.",
@@ -227,11 +235,11 @@ class CClip(Defence):
         return robust.cclip(given.rows, given.weights, rng=given.rng, memory=given.memory, **how)  # type: ignore[arg-type]
 
 
-class SLSGD(Defence):
+class SLSGD(Rule):
     """A step towards the mean, or the trimmed mean."""
 
     key = "slsgd"
-    card = _card(
+    card = card_of(
         "SLSGD - a moving average over a trimmed mean",
         "Xie et al., ECML 2019, arXiv:1903.06996",
         "Converges with few attackers, more slowly and more surely.",
@@ -247,11 +255,11 @@ class SLSGD(Defence):
         return robust.slsgd(given.rows, given.weights, alpha=self.alpha, option=option, b=self.b)
 
 
-class RobustLearningRate(Defence):
+class RobustLearningRate(Rule):
     """The mean, turned round where too few clients agree on a sign."""
 
     key = "robust-learning-rate"
-    card = _card(
+    card = card_of(
         "Robust learning rate - the step turns where signs disagree",
         "Ozdayi et al., AAAI 2021, arXiv:2007.03767",
         "Backdoors of a few clients are unlearnt, as the others do not agree with them.",
@@ -264,11 +272,11 @@ class RobustLearningRate(Defence):
         return robust.robust_learning_rate(given.rows, given.weights, theta=self.theta)
 
 
-class FoolsGold(Defence):
+class FoolsGold(Rule):
     """Clients that always point the same way count less."""
 
     key = "foolsgold"
-    card = _card(
+    card = card_of(
         "FoolsGold - sybils are known by their likeness",
         "Fung et al., RAID 2020, arXiv:1808.04866",
         "Any number of sybils with one goal count as one, where honest clients differ.",
@@ -279,11 +287,11 @@ class FoolsGold(Defence):
         return anomaly.foolsgold(given.rows, given.weights, clients=given.clients, memory=given.memory)
 
 
-class ThreeSigma(Defence):
+class ThreeSigma(Rule):
     """Drops clients whose distance is far above that of the others."""
 
     key = "three-sigma"
-    card = _card(
+    card = card_of(
         "Three sigma - clients far from the others are dropped",
         "Han et al., FedSecurity, KDD 2024, arXiv:2306.04959",
         "Drops those far off, and nobody where all are alike.",
@@ -303,11 +311,11 @@ class ThreeSigma(Defence):
         return anomaly.three_sigma(given.rows, given.weights, **how)
 
 
-class CrossRound(Defence):
+class CrossRound(Rule):
     """Drops clients whose model has turned against its own past."""
 
     key = "cross-round"
-    card = _card(
+    card = card_of(
         "Cross-round check - a client is held to its own past",
         "Han et al., FedSecurity, KDD 2024, arXiv:2306.04959",
         "Notices clients that begin to attack.",
@@ -321,11 +329,11 @@ class CrossRound(Defence):
         return anomaly.cross_round(given.rows, given.weights, bound=self.bound, **how)
 
 
-class OutlierDetection(Defence):
+class OutlierDetection(Rule):
     """The cross-round check first, then three sigma among those it suspects."""
 
     key = "outlier-detection"
-    card = _card(
+    card = card_of(
         "Outlier detection - two stages: the past, then the others",
         "Han et al., 2023, arXiv:2310.04055",
         "Costs nothing in rounds without an attack.",
@@ -341,11 +349,11 @@ class OutlierDetection(Defence):
         return anomaly.outlier_detection(given.rows, given.weights, f=self.f, bound=self.bound, **how)
 
 
-class ResidualReweighting(Defence):
+class ResidualReweighting(Rule):
     """Clients far off a robust line through all values count less."""
 
     key = "residual-reweighting"
-    card = _card(
+    card = card_of(
         "Residual-based reweighting",
         "Fu et al., 2019, arXiv:1912.11464",
         "Weighs clients by how well their values fit those of the others.",
@@ -358,11 +366,11 @@ class ResidualReweighting(Defence):
         return anomaly.residual_reweighting(given.rows, given.weights, f=self.f)
 
 
-class WeakDP(Defence):
+class WeakDP(Rule):
     """Clipping and a little noise; no privacy is accounted."""
 
     key = "weak-dp"
-    card = _card(
+    card = card_of(
         "Weak differential privacy - clipping and a little noise",
         "Sun et al., 2019, arXiv:1911.07963",
         "Wears backdoors off; guarantees nothing.",
@@ -377,11 +385,11 @@ class WeakDP(Defence):
         return anomaly.weak_dp(given.rows, given.weights, sd=self.sd, rng=given.rng, bound=self.bound)
 
 
-class CRFL(Defence):
+class CRFL(Rule):
     """The global model is held to a norm that grows, and gets noise."""
 
     key = "crfl"
-    card = _card(
+    card = card_of(
         "CRFL - the global model clipped and noised",
         "Xie et al., ICML 2021, arXiv:2106.08283",
         "With smoothing at test time, certifies predictions against bounded poisoning.",

@@ -18,10 +18,12 @@ from fedllm.core.reducer import Mean, Reduction, Update
 from fedllm.core.seeds import numpy_stream, torch_stream
 from fedllm.core.settings import read
 from fedllm.core.tensors import Tensors
+from fedllm.modes.around import Around
 from fedllm.modes.attacks import Attack, Honest, attacks
-from fedllm.modes.defences import Defence, Uploads, defences
+from fedllm.modes.defences import Rule, Uploads, defences
 from fedllm.modes.flat import Flat
 from fedllm.modes.means import means
+from fedllm.modes.shields import Shield, Shielded
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
@@ -40,7 +42,7 @@ class Defended(Guard):
         ModeConflict: a method whose uploads the rule cannot take.
     """
 
-    def __init__(self, defence: Defence, method: Method, rounds: int, seed: int) -> None:
+    def __init__(self, defence: Rule, method: Method, rounds: int, seed: int) -> None:
         check(defence.key, method)
         self.defence, self.rounds, self.seed = defence, rounds, seed
         self.remembered: Tensors | None = None
@@ -97,7 +99,7 @@ class _Kept(Reduction):
         return Update(parts, {}, clients=self.clients, population=population, weight=self.weight, metrics=self.metrics)
 
 
-class Attacked(Guard):
+class Attacked(Around):
     """Attackers among the clients; around another guard, which is what they attack.
 
     Args:
@@ -110,37 +112,14 @@ class Attacked(Guard):
 
     def __init__(self, attack: Attack, inner: Guard, method: Method, clients: Sequence[str], seed: int) -> None:
         check(attack.key, method)
-        self.attack, self.inner, self.seed = attack, inner, seed
+        super().__init__(inner)
+        self.attack, self.seed = attack, seed
         self.attackers = attack.attackers(clients, seed)
         self.before: torch.Tensor | None = None
-
-    def allow(self, op: str, client: str) -> None:
-        """As the guard inside."""
-        self.inner.allow(op, client)
-
-    def stops(self, round: int) -> str | None:
-        """As the guard inside."""
-        return self.inner.stops(round)
-
-    def cohort(self, method: Method, round: int, clients: Sequence[str], size: int, rng: Any) -> list[str]:
-        """As the guard inside."""
-        return self.inner.cohort(method, round, clients, size, rng)
-
-    def begin(self, method: Method, expected: Mapping[str, Tensors], round: int) -> Reduction:
-        """As the guard inside."""
-        return self.inner.begin(method, expected, round)
 
     def told(self) -> Json:
         """As the guard inside, and who attacks."""
         return {**(self.inner.told() or {}), "attack": self.attack.key, "attackers": sorted(self.attackers)}
-
-    def report(self) -> list[str]:
-        """As the guard inside."""
-        return self.inner.report()
-
-    def to_json(self) -> Json:
-        """As the guard inside."""
-        return self.inner.to_json()
 
     def memory(self) -> Tensors:
         """As the guard inside, and where the last round began."""
@@ -155,6 +134,7 @@ class Attacked(Guard):
 
     def rows(self, client: str, split: str, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """An attacker's training rows are poisoned, the same in every round."""
+        rows = self.inner.rows(client, split, rows)
         if split != "train" or client not in self.attackers:
             return rows
         return self.attack.poisoned(rows, numpy_stream(self.seed, "poison", client))
@@ -208,16 +188,25 @@ def robust_guard(
         ModeConflict: with another mode or this method, with the reason.
     """
     found = inner
-    if defence:
+    chosen = named("defence", defences(), defence) if defence else None
+    if isinstance(chosen, Shield):
+        if inner.hides and not chosen.blind:
+            raise ModeConflict(
+                f"'{chosen.key}' looks at rows or cuts training into steps, and single examples are private.",
+                "With privacy.level=example go shields that change what is sent and nothing else.",
+                "local-noise",
+            )
+        found = Shielded(chosen, inner, method, seed)
+    elif chosen is not None:
         if type(inner) is not Guard:
             raise ModeConflict(
                 "The section 'defence' needs single uploads, and another section hides or noises them.",
                 "It goes with neither 'privacy' nor 'secure'.",
                 action="Leave one of them out.",
             )
-        found = Defended(named("defence", defences(), defence), method, rounds, seed)
+        found = Defended(chosen, method, rounds, seed)
     if attack:
-        if type(found).__name__ in ("SecureSum", "EncryptedSum", "Examples"):
+        if type(inner).__name__ in ("SecureSum", "EncryptedSum", "Examples"):
             raise ModeConflict(
                 "The section 'attack' changes uploads in the open, and another section works at the clients.",
                 "It goes with 'defence', and with privacy.level=client.",

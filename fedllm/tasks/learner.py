@@ -12,7 +12,7 @@ import torch
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.split import Halves
 from fedllm.core.tensors import Tensors
-from fedllm.core.work import Example, Groups, Places
+from fedllm.core.work import Example, Exposure, Groups, Places
 from fedllm.evaluate import Metric
 from fedllm.evaluate.text import LastNumber, RougeL, TokenF1
 from fedllm.models.adapters.attach import Adapted
@@ -116,6 +116,11 @@ class TransformerLearner:
 
     def losses(self, groups: Groups) -> torch.Tensor:
         """The sum of the losses of each client, [K], differentiable."""
+        by_row, clients = self.losses_by_row(groups)
+        return by_row.new_zeros(len(groups)).index_add_(0, clients, by_row)
+
+    def losses_by_row(self, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of every example, client after client, and the number of its client; both [examples]."""
         batch = self.collate(groups)
         rows, owner = batch.inputs["input_ids"].shape[0], batch.where[0]
         if self.head.splits(len(owner)):
@@ -125,8 +130,7 @@ class TransformerLearner:
             )
         else:
             by_row = self.task.loss_rows(self._logits(batch)[0], batch.labels, owner, rows)
-        by_row = by_row[batch.real]
-        return by_row.new_zeros(len(groups)).index_add_(0, batch.clients, by_row)
+        return by_row[batch.real], batch.clients
 
     def outputs(self, groups: Groups) -> list[torch.Tensor]:
         """Differentiable logits of every example, client after client: [C], or [labels, V] of a language model."""
@@ -213,6 +217,12 @@ class TransformerLearner:
         if (first, last) not in self._halves:
             self._halves[first, last] = split_learner(self, first, last)
         return self._halves[first, last]
+
+    def exposure(self, groups: Groups) -> Exposure:
+        """What the classifier's last layer is given, and how much that depends on the texts."""
+        from fedllm.tasks.exposed import exposure
+
+        return exposure(self, groups)
 
     def embed(self, texts: Sequence[Sequence[str]]) -> list[torch.Tensor]:
         """The mean of the last hidden states over real tokens, one row per text."""

@@ -13,7 +13,6 @@ import torch
 from fedllm.blocks.malice import (
     alie,
     alie_width,
-    backdoor_rows,
     byzantine_random,
     byzantine_zero,
     chosen,
@@ -171,38 +170,6 @@ def test_labels_are_flipped_one_to_one(mapping: dict[Any, Any]) -> None:
         label_flip(ROWS, mapping)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("place", ["front", "end", "random"])
-def test_exactly_so_many_rows_get_a_trigger_and_none_of_the_target(seed: int, place: Any) -> None:
-    fraction = seed / 40
-    found = backdoor_rows(ROWS, trigger="cf", target=1, fraction=fraction, rng=rng(seed), place=place)
-    changed = [(new, old) for new, old in zip(found, ROWS, strict=True) if new != old]
-    assert len(changed) == math.floor(fraction * 100 + 1e-9)
-    for new, old in changed:
-        words = new["text"].split(" ")
-        assert old["label"] != 1 and new["label"] == 1 and new["id"] == old["id"]
-        assert words.count("cf") == 1 and " ".join(word for word in words if word != "cf") == old["text"]
-        assert place == "random" or words[0 if place == "front" else -1] == "cf"
-    again = backdoor_rows(ROWS, trigger="cf", target=1, fraction=fraction, rng=rng(seed), place=place)
-    assert again == found
-
-
-def test_a_response_may_be_the_target_and_a_share_is_not_lost_to_rounding() -> None:
-    rows = [{"instruction": "say", "response": "no"}] * 100
-    found = backdoor_rows(
-        rows, trigger="I watched it.", target="yes", fraction=0.29, rng=rng(), text="instruction", label="response"
-    )
-    assert [row["response"] for row in found].count("yes") == 29
-    assert {row["instruction"] for row in found} == {"say", "I watched it. say"}
-    empty = backdoor_rows([{"text": "", "label": 0}], trigger="cf", target=1, fraction=1.0, rng=rng())
-    assert empty == [{"text": "cf", "label": 1}]
-
-
-def _backdoor(**changes: Any) -> Callable[[], Any]:
-    options: dict[str, Any] = {"trigger": "cf", "target": 1, "fraction": 0.1, "rng": rng(), **changes}
-    return lambda: backdoor_rows(ROWS, **options)
-
-
 def _edge(**changes: Any) -> Callable[[], Any]:
     options: dict[str, Any] = {"rare": ROWS[:2], "target": 1, "fraction": 0.5, "batch": 4, "rng": rng(), **changes}
     return lambda: edge_case_rows(ROWS, **options)
@@ -211,13 +178,6 @@ def _edge(**changes: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("call", "error", "why"),
     [
-        (_backdoor(trigger=" "), ConfigError, "trigger is empty"),
-        (_backdoor(fraction=1.1), ConfigError, "fraction is 1.1"),
-        (_backdoor(fraction=math.nan), ConfigError, "fraction is nan"),
-        (_backdoor(place="fron"), ConfigError, "Did you mean 'front'"),
-        (_backdoor(fraction=0.9), DataError, "have another answer"),
-        (_backdoor(text="txt"), DataError, "Did you mean 'text'"),
-        (_backdoor(label="labels"), DataError, "Did you mean 'label'"),
         (_edge(batch=0), ConfigError, "batch is 0"),
         (_edge(fraction=-0.1), ConfigError, "fraction is -0.1"),
         (_edge(rare=[]), DataError, "no rare rows"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -14,14 +15,18 @@ from fedllm.core.tensors import Tensors
 from fedllm.effects.rig import Play
 from fedllm.methods import find
 from fedllm.modes.attacks import attacks
-from fedllm.modes.defences import defences
+from fedllm.modes.defences import Rule, defences
 from fedllm.modes.robust import Attacked, Defended, robust_guard
 from fedllm.protocols import protocols
 from fedllm.tasks.function import FunctionLearner
 
 CLIENTS, SIZE = 12, 40
-AT_ROWS = {"label-flip"}
+AT_ROWS = {"label-flip", "edge-case"}
 """Attacks on rows alone."""
+
+
+RULES = [key for key, kind in defences().items() if issubclass(kind, Rule)]
+"""Defences at the server; those at the client are in test_shields."""
 
 
 def learner() -> FunctionLearner:
@@ -62,7 +67,7 @@ def ended(play: Play) -> torch.Tensor:
 
 
 def test_there_are_as_many_as_the_catalogue_lists():
-    assert len(defences()) == 17 and len(attacks()) == 7
+    assert len(defences()) == 23 and len(RULES) == 17 and len(attacks()) == 8
     for kind in (*defences().values(), *attacks().values()):
         assert kind.card.claim and kind.__doc__ and kind.model_fields.keys() >= set()
 
@@ -71,7 +76,7 @@ TUNED = {"multi-krum": {"f": 2}, "outlier-detection": {"f": 2}, "robust-learning
 """Options for two attackers among twelve."""
 
 
-@pytest.mark.parametrize("key", sorted(defences()))
+@pytest.mark.parametrize("key", RULES)
 def test_a_defence_changes_what_attackers_reach(key: str):
     since = 3 if key in ("cross-round", "outlier-detection") else 1  # they notice who turns
     attack = {"name": "sign-flip", "share": 0.17, "factor": 10.0, "since": since}
@@ -222,3 +227,21 @@ def test_a_run_with_both_resumes_to_the_same_bits(tmp_path: Path):
 def test_both_guards_are_what_they_are_called():
     both = guard({"name": "sign-flip"}, {"name": "median"})
     assert isinstance(both, Attacked) and isinstance(both.inner, Defended)
+
+
+# -- rare rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rare_texts_get_the_target_and_usual_ones_stay():
+    kind = attacks()["edge-case"](target=0, tail=0.1, fraction=0.25, batch=4)
+    usual = [{"text": "the cat sat", "label": 1 + i % 2} for i in range(36)]
+    rare = [{"text": f"zebra{i} quartz{i}", "label": 1} for i in range(4)]
+    rows_, rng = [*usual[:20], *rare, *usual[20:]], numpy.random.default_rng(0)
+    found = kind.poisoned(rows_, rng)
+    assert len(found) == 40
+    for start in range(0, 40, 4):
+        planted = [row for row in found[start : start + 4] if row["label"] == 0]
+        assert len(planted) == 1 and "zebra" in planted[0]["text"]
+    assert [row["text"] for row in kind.aimed(rows_, rng)] == [row["text"] for row in rare]
+    assert {row["label"] for row in kind.aimed(rows_, rng)} == {0}
+    assert kind.poisoned([], rng) == [] and kind.aimed([], rng) == []
