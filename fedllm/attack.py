@@ -258,8 +258,8 @@ def _related(found: Sequence[dict[str, Any]], higher: bool) -> list[dict[str, An
     for cell in found:
         method, attack, defence = cell["method"], cell["attack"], cell["defence"]
         quiet, bare = by_name[method, NONE, defence], by_name[method, NONE, NONE]
-        known = cell["score"] is not None and bare["score"] is not None
-        lost = (bare["score"] - cell["score"]) * (1 if higher else -1) if known else None
+        usual, score = bare["score"], cell["score"]
+        lost = None if usual is None or score is None else (usual - score) * (1 if higher else -1)
         rows.append(
             {
                 **{name: value for name, value in cell.items() if name not in ("reached", "without")},

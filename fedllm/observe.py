@@ -18,7 +18,7 @@ from fedllm.core.errors import FedLLMError
 from fedllm.core.method import Method
 from fedllm.core.seeds import torch_stream
 from fedllm.core.tensors import Tensors
-from fedllm.engine.rounds import play_round
+from fedllm.engine.rounds import RoundRecord, play_round
 from fedllm.modes.observers import Observer, Sight
 from fedllm.modes.watched import EVERYBODY, Watched
 from fedllm.run import Ground, Leg, Watch, guard_of
@@ -57,6 +57,7 @@ def observed(ground: Ground, method: Method, observer: Observer) -> Found:
     inner = guard_of(recipe, ground.federation, method, cohort)
     watched = Watched(observer, inner, lambda params: Glass(ground.learner, params, leg.frozen), recipe.seed)
     leg = Leg(f"{method.key}-{observer.key}", method, ground, None, Watch(), guard=watched)
+    record = RoundRecord(0, [])
     try:
         for _ in range(observer.round):
             leg.state, record = asyncio.run(play_round(method, leg.state, leg.server, leg.cohort, recipe.deadline))

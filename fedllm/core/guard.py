@@ -81,7 +81,7 @@ class Guard:
         return None
 
     def rows(self, client: str, split: str, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """What a client has for its rows of a split."""
+        """What a client has for its rows of a split; of the split `public`, what anybody has."""
         return rows
 
     async def work(self, function: Callable[..., Any], algorithm: object, client: Any, received: Received) -> Upload:

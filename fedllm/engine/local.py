@@ -178,7 +178,7 @@ class LocalWorker:
     def read(self, client: str, split: str) -> Sequence[Mapping[str, Any]]:
         """The rows of a client's split; `public` is the same for everybody."""
         if split == PUBLIC:
-            return self.rows.rows(SERVER, "train")
+            return self.guard.rows(SERVER, PUBLIC, self.rows.rows(SERVER, "train"))
         return self.guard.rows(client, split, self.rows.rows(client, split))
 
     def _turn(self, request: Request) -> Turn:

@@ -26,6 +26,7 @@ from fedllm.core.work import (
     Example,
     Expose,
     Exposing,
+    Exposure,
     Fit,
     FitReport,
     Generate,
@@ -79,6 +80,7 @@ Result = (
     | tuple[Tensors, tuple[float, float]]
     | list[str]
     | list[torch.Tensor]
+    | Exposure
     | torch.Tensor
     | FedLLMError
 )

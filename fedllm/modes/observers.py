@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy
 import torch
@@ -28,11 +28,93 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example
 from fedllm.evaluate.recovered import bag_scores, rouge_2, rouge_l
 
-if TYPE_CHECKING:
-    from fedllm.tasks.glass import Glass
-
 Row = Mapping[str, Any]
 CELLS = ("2.2 Attacks",)
+
+
+class Glass(Protocol):
+    """The attacker's model: the one that the client was sent; see :class:`fedllm.tasks.glass.Glass`.
+
+    Attributes:
+        params: what was sent, by name.
+        table: the vectors of all tokens, [V, d]; `table_name` is their name where they are trained.
+        tied: whether the same vectors make the logits.
+    """
+
+    params: Tensors
+    table: torch.Tensor
+    table_name: str | None
+    tied: bool
+
+    @property
+    def family(self) -> str:
+        """The model's family."""
+        ...
+
+    @property
+    def activation(self) -> str:
+        """The activation inside a feed-forward network."""
+        ...
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Tokens that are in every text."""
+        ...
+
+    @property
+    def begin(self) -> list[int]:
+        """The tokens that every text begins with."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """The number of classes; 0 where labels are tokens."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text."""
+        ...
+
+    def last_bias(self) -> str:
+        """The name of the bias behind the class logits."""
+        ...
+
+    def class_chances(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The mean probability of each class, [C]."""
+        ...
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Rows as the client prepares them."""
+        ...
+
+    def starts(self, tokens: Sequence[int]) -> list[int]:
+        """Those tokens that may begin a sentence."""
+        ...
+
+    def vectors(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The vectors of the examples' tokens, [rows, T, d]."""
+        ...
+
+    def log_probs(self, ids: torch.Tensor) -> torch.Tensor:
+        """See :class:`fedllm.blocks.film.Language`."""
+        ...
+
+    def gradient_norm(self, ids: torch.Tensor) -> float:
+        """See :class:`fedllm.blocks.film.Language`."""
+        ...
+
+    def gradient(
+        self,
+        examples: Sequence[Example],
+        vectors: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shares: torch.Tensor | None = None,
+        names: Sequence[str] | None = None,
+        create_graph: bool = False,
+    ) -> Tensors:
+        """The gradient of the mean loss; see :meth:`fedllm.tasks.glass.Glass.gradient`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -284,7 +366,7 @@ class FILM(Observer):
     card = _card(
         "FILM - a bag of words, put in order by the language model",
         "Gupta et al., NeurIPS 2022, arXiv:2205.08514",
-        "how many rows there are",
+        "how many rows there are and how long they are",
         "Recovers sentences from batches of up to 128; freezing the embeddings stops it.",
     )
     kinds = ("causal-lm",)
@@ -301,15 +383,17 @@ class FILM(Observer):
     swaps: int = Field(20, ge=0)
     """Rounds in which tokens are swapped."""
     cut: Literal["auto", "nonzero", "gap"] = "auto"
-    """Which rows of the embedding count; auto: all that are not zero, and where the head has the same weights, those
-    above the largest gap."""
+    """Which rows of the embedding count: all that are not zero, or those above the largest gap of their norms; auto:
+    all that are not zero, and where the head has the same weights, the largest, as many as the texts have tokens."""
 
     def read(self, sight: Sight, glass: Glass, rng: torch.Generator) -> list[list[int]]:
         """See :func:`fedllm.blocks.film.recover`."""
         grad = sight.gradient.get(glass.table_name or "")
         if grad is None or not bool(grad.any()):
             return []
-        cut: Any = self.cut if self.cut != "auto" else "gap" if glass.tied else "nonzero"
+        cut: Any = self.cut
+        if cut == "auto":
+            cut = sum(len(e.inputs["input_ids"]) for e in sight.examples) if glass.tied else "nonzero"
         bag = film.bag(grad, cut=cut, exclude=glass.special)
         order = numpy.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
         how: dict[str, Any] = {"beams": self.beams, "groups": min(4, self.beams), "length": self.length}

@@ -204,7 +204,7 @@ class _StepByStep:
                 "A method that goes on with an optimiser of its own cannot be cut into steps.", "", "fedavg"
             )
         count, moments, parts = train.step_count(client.size), {}, list[FitReport]()
-        one = train.model_copy(update={"steps": 1, "epochs": None, "schedule": Schedule()})
+        one = train.model_copy(update={"steps": 1, "epochs": None, "schedule": Schedule()})  # pyright: ignore[reportCallIssue]
         for step in range(count):
             rate = train.rate(client.round, client.rounds, step, count)
             begun = (client.round - 1) * count + step

@@ -20,11 +20,10 @@ from fedllm.core.reducer import Reduction
 from fedllm.core.seeds import numpy_stream, torch_stream
 from fedllm.core.tensors import Tensors
 from fedllm.modes.around import Around
-from fedllm.modes.observers import Observer
+from fedllm.modes.observers import Glass, Observer
 
 if TYPE_CHECKING:
     from fedllm.core.server import Answer, Server
-    from fedllm.tasks.glass import Glass
 
 EVERYBODY = "everybody"
 """Whose upload a sum is."""

@@ -7,7 +7,7 @@ be moved by the gradient's own gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -41,7 +41,8 @@ class Glass:
 
     def __init__(self, learner: TransformerLearner, params: Tensors, frozen: Tensors) -> None:
         self.learner, self.params, self.frozen = learner, params, frozen
-        self.model, self.tokenizer = learner.loaded.model, learner.tokenizer
+        self.model: Any = learner.loaded.model
+        self.tokenizer: Any = learner.tokenizer
         self.embedding: Any = input_embedding(self.model)
         if not isinstance(self.embedding, nn.Embedding):
             raise ConfigError("The model reads no tokens.", "Reconstruction is of texts.", action="Leave it out.")
@@ -179,7 +180,7 @@ class Glass:
         return -(labels.to(logits.device).softmax(-1) * functional.log_softmax(logits, -1)).sum(-1)
 
     @contextmanager
-    def _seeing(self, vectors: torch.Tensor | None) -> Iterator[None]:
+    def _seeing(self, vectors: torch.Tensor | None) -> Generator[None]:
         """While the embedding gives these vectors, whatever the tokens."""
         if vectors is None:
             yield

@@ -74,13 +74,13 @@ def one(held: Victims) -> tuple[Tensors, Callable[..., torch.Tensor]]:
     return {name: tensor[0] for name, tensor in held.model.items()}, loss
 
 
-def uploads(held: Victims, batch: int, epochs: int = 1) -> Tensors:
+def uploads(held: Victims, batch: int, epochs: int = 1, rate: float = RATE) -> Tensors:
     """(theta_0 - theta_T) / (lr T) of every victim after plain SGD over its records in order: [V, ...]."""
     here, batches = held.model, [slice(at, at + batch) for at in range(0, held.x.shape[1], batch)] * epochs
     for b in batches:
         slope = by_hand(here, held.x[:, b], held.truth[:, b], held.y[:, b])
-        here = {name: here[name] - RATE * slope[name] for name in here}
-    return {name: (held.model[name] - here[name]) / (RATE * len(batches)) for name in here}
+        here = {name: here[name] - rate * slope[name] for name in here}
+    return {name: (held.model[name] - here[name]) / (rate * len(batches)) for name in here}
 
 
 def rows_of(trees: Tensors) -> Tensors:
@@ -88,7 +88,7 @@ def rows_of(trees: Tensors) -> Tensors:
     return {f"victim{v}": row for v, row in enumerate(torch.cat([t.flatten(1) for t in trees.values()], 1))}
 
 
-def sought(held: Victims, observed: Tensors, kind: Kind = "cosine", steps: int = 120) -> torch.Tensor:
+def sought(held: Victims, observed: Tensors, kind: Kind = "cosine", steps: int = 100) -> torch.Tensor:
     """The guesses [V, n] from one gradient at the start model; neither batches nor order are known."""
     count, n = held.s.shape
     guess = reconstruct(
@@ -199,7 +199,7 @@ def test_a_search_repeats_itself_whatever_the_scale_and_touches_nothing() -> Non
     assert torch.equal(first.values, held.s[0]) and first.values.dtype == torch.int64
     assert first.odds.shape == (6, 2) and torch.allclose(first.odds.sum(1), torch.ones(6, dtype=torch.float64))
     assert not first.odds.requires_grad and "tensor" not in repr(first), "values are never shown"
-    assert float(distance(gradient_of(first.odds), observed)) == pytest.approx(first.distance, abs=1e-12)
+    assert distance(gradient_of(first.odds), observed).item() == pytest.approx(first.distance, abs=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(before, (held.x, held.y, *held.model.values()), strict=True))
     assert all(torch.equal(kept[name], observed[name]) for name in kept)
 
@@ -236,7 +236,7 @@ def _broken_below(p: torch.Tensor) -> Tensors:
 @pytest.mark.parametrize("gradient_of", [_gated, _broken_below])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_starts_are_survived_by_a_restart(gradient_of: GradientOf, kind: Kind) -> None:
-    observed = {"w": torch.tensor([0.4, 0.05])}
+    observed = gradient_of(torch.tensor([[0.1, 0.9]]))
     starts = torch.Generator().manual_seed(0)
     draws = [torch.randn(1, 2, generator=starts, dtype=torch.float64) for _ in range(6)]
     dead = [bool(draw[0, 0] >= draw[0, 1]) for draw in draws]
@@ -244,10 +244,12 @@ def test_dead_starts_are_survived_by_a_restart(gradient_of: GradientOf, kind: Ki
 
     def search(restarts: int) -> Any:
         rng = torch.Generator().manual_seed(0)
-        return reconstruct(gradient_of, observed, records=1, values=2, kind=kind, restarts=restarts, steps=50, rng=rng)
+        return reconstruct(
+            gradient_of, observed, records=1, values=2, kind=kind, restarts=restarts, steps=60, lr=0.2, rng=rng
+        )
 
     found = search(6)
-    assert found.values.tolist() == [1] and found.distance < 0.02
+    assert found.values.tolist() == [1] and found.distance < 1e-4
     with pytest.raises(DataError, match="None of 1 restarts could move"):
         search(1)
 
@@ -380,48 +382,65 @@ MANY = 16
 
 
 @functools.cache
-def measured(n: int, epochs: int = 1) -> dict[Kind, Scores]:
-    """Scores over all records of the victims; batches of 8."""
+def clients(n: int) -> tuple[Victims, torch.Tensor]:
+    """The victims of n records, and what is guessed of them without updates."""
     held = victims(0, MANY, n)
-    observed, blind = rows_of(uploads(held, min(n, 8), epochs)), without(held).flatten()
-    return {kind: Scores.of(sought(held, observed, kind).flatten(), held.s.flatten(), blind) for kind in KINDS}
+    return held, without(held)
+
+
+def scored(n: int, found: torch.Tensor) -> Scores:
+    """Over all records of all victims of n records."""
+    held, blind = clients(n)
+    return Scores.of(found.flatten(), held.s.flatten(), blind.flatten())
+
+
+@functools.cache
+def measured(n: int, kind: Kind = "cosine", epochs: int = 1) -> Scores:
+    """The attack on local epochs in batches of 8."""
+    held, _ = clients(n)
+    return scored(n, sought(held, rows_of(uploads(held, min(n, 8), epochs)), kind))
 
 
 @pytest.mark.effect
 def test_small_clients_are_open_books_and_large_ones_are_not() -> None:
     """The card: 1.00, 1.00, .94, .83 for n = 4, 8, 16, 32, label-only guesses .84, .80, .73, .79."""
-    cosine = {n: measured(n)["cosine"] for n in (4, 8, 16, 32)}
-    print({n: {kind: scores for kind, scores in measured(n).items()} for n in cosine})
+    cosine = {n: measured(n) for n in (4, 8, 16, 32)}
+    print(cosine)
     assert cosine[4].attack >= 0.95 and cosine[8].attack >= 0.95
+    assert cosine[4].advantage >= 0.15 and cosine[8].advantage >= 0.15
     assert 0.82 <= cosine[16].attack <= cosine[8].attack - 0.02
     assert cosine[16].advantage >= 0.12
     assert cosine[32].attack <= cosine[16].attack - 0.07
-    assert cosine[32].advantage <= cosine[16].advantage - 0.07
-    assert -0.02 <= cosine[32].advantage <= 0.15
+    assert -0.02 <= cosine[32].advantage <= cosine[16].advantage - 0.03
 
 
 @pytest.mark.effect
 def test_the_cosine_gains_on_l2_as_records_and_epochs_grow() -> None:
-    """The card: no edge at n = 4 and 8; .04 at n = 32, .03 after five epochs at n = 16."""
-    edge = {n: measured(n)["cosine"].attack - measured(n)["l2"].attack for n in (4, 8, 32)}
-    long = measured(16, epochs=5)
+    """The card: no edge at n = 4, .04 at n = 32; .03 after five epochs at n = 16, and both lower than after one."""
+    edge = {n: measured(n).attack - measured(n, "l2").attack for n in (4, 32)}
+    long = {kind: measured(16, kind, epochs=5) for kind in KINDS}
     print(edge, long)
-    assert abs(edge[4]) <= 0.02 and abs(edge[8]) <= 0.02
+    assert abs(edge[4]) <= 0.02
     assert edge[32] >= 0.015
-    assert long["cosine"].attack - long["l2"].attack >= 0.02
-    assert long["cosine"].attack <= measured(16)["cosine"].attack - 0.05
+    assert long["cosine"].attack - long["l2"].attack >= 0.015
+    assert long["cosine"].attack <= measured(16).attack - 0.05
 
 
 @pytest.mark.effect
 def test_clipping_and_noise_close_the_book() -> None:
-    """The card: .78 at n = 4, .62 at n = 16, where nothing but the baselines is left."""
-    for n, drop in ((4, 0.15), (16, 0.2)):
-        held = victims(0, MANY, n)
-        found = sought(held, noised(rows_of(uploads(held, min(n, 8))), seed=n))
-        scores = Scores.of(found.flatten(), held.s.flatten(), without(held).flatten())
-        print(n, scores)
-        assert scores.attack <= measured(n)["cosine"].attack - drop
-        assert scores.advantage <= 0.08
+    """The card: .78 at n = 4 and .62 at n = 16, where the baselines have .84 and .73.
+
+    At n = 4 a little is left, too little for so few records to tell it from nothing; at n = 16 the attack is below the
+    guess from labels.
+    """
+    found = {}
+    for n in (4, 16):
+        held, _ = clients(n)
+        found[n] = scored(n, sought(held, noised(rows_of(uploads(held, min(n, 8))), seed=n)))
+    print(found)
+    assert found[4].attack <= measured(4).attack - 0.15
+    assert found[16].attack <= measured(16).attack - 0.2
+    assert found[16].advantage <= 0.03
 
 
 def test_noise_in_place_of_the_update_tells_nothing() -> None:
@@ -436,14 +455,16 @@ def test_noise_in_place_of_the_update_tells_nothing() -> None:
 
 @pytest.mark.effect
 def test_who_knows_the_batches_and_unrolls_them_sees_more() -> None:
+    """Two steps at a large rate: the first gradient alone is far from their mean."""
     single, through = [], []
     for seed in range(100, 104):
-        held, batches = victims(seed, 1, 16), [torch.arange(8), torch.arange(8, 16)] * 3
+        held = victims(seed, 1, 8)
         model, loss = one(held)
-        observed = {name: tensor[0] for name, tensor in uploads(held, 8, epochs=3).items()}
-        for assumed, right in (([torch.arange(16)], single), (batches, through)):
-            gradient_of, rng = unrolled(loss, model, assumed, lr=RATE), torch.Generator().manual_seed(1)
-            found = reconstruct(gradient_of, observed, records=16, values=2, steps=40, lr=0.25, restarts=1, rng=rng)
+        observed = {name: tensor[0] for name, tensor in uploads(held, 4, rate=1.0).items()}
+        for batches, right in (([torch.arange(8)], single), ([torch.arange(4), torch.arange(4, 8)], through)):
+            gradient_of, rng = unrolled(loss, model, batches, lr=1.0), torch.Generator().manual_seed(1)
+            found = reconstruct(gradient_of, observed, records=8, values=2, steps=60, lr=0.2, restarts=1, rng=rng)
             right.append(float((found.values == held.s[0]).double().mean()))
     print(single, through)
-    assert sum(through) / 4 >= 0.88 and sum(through) - sum(single) >= 4 * 0.05
+    assert sum(through) / 4 >= 0.95
+    assert sum(single) / 4 <= 0.85

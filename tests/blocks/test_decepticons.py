@@ -164,6 +164,15 @@ def test_the_inputs_computed_are_those_of_the_model(family: str, model: Any) -> 
     assert suspicious(asked) is not None
 
 
+def test_a_tied_head_follows_its_embedding() -> None:
+    for family, model in (("gpt2", gpt2(0)), ("bert", bert(0))):
+        state = model.state_dict()
+        layout = layout_of({name: t.shape for name, t in state.items()}, family)
+        new, _ = corrupt(state, layout, sequence=T, rng=draw(0))
+        tied = "lm_head.weight" if family == "gpt2" else "cls.predictions.decoder.weight"
+        assert torch.equal(new[tied], new[layout.token]) and not torch.equal(new[tied], state[tied])
+
+
 def hooked(model: Any, layout: Layout, ids: torch.Tensor) -> list[torch.Tensor]:
     """The FFN inputs [n T, d] of every block."""
     seen: list[torch.Tensor] = []

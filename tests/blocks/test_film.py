@@ -263,6 +263,26 @@ def test_groups_avoid_what_earlier_groups_chose_at_the_same_step() -> None:
             assert all(len(set(step)) == groups for step in list(zip(*wanted, strict=True))[1:])
 
 
+def test_an_end_token_counts_only_among_the_best_choices_of_a_step() -> None:
+    for seed in range(20):
+        language, length = Bigram(seed), 6
+        ids, wanted = [7], set[Ids]()
+        while len(ids) < length:
+            ranked = language.table[ids[-1], :5].argsort(descending=True).tolist()
+            if ranked[0] < 2:
+                wanted.add((*ids, ranked[0]))
+            ids.append(next(token for token in ranked if token > 1 or len(ids) == length - 1))
+        wanted.add(tuple(ids))
+        options: dict[str, Any] = {
+            "beams": 1,
+            "groups": 1,
+            "no_repeat": 0,
+            "counts": dict.fromkeys(range(5), 9) | {7: 1},
+        }
+        found = beam(language, of(0, 1, 2, 3, 4, 7), [7], length=length, ends={0, 1}, **options)
+        assert {one for one, _ in found} == wanted
+
+
 def test_a_penalised_n_gram_costs_the_penalty_each_time() -> None:
     language, tokens = Bigram(3), (0, 1, 2, 3)
     grams: list[Ids] = [(0, 1), (2,), (3, 0, 1), (6, 6)]
