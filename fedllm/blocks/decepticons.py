@@ -299,6 +299,9 @@ def corrupt(
         )
     free = slice(tag + 1, d - 1)
     new[layout.token][:, : tag + 1] = 0
+    old = state[layout.token]
+    for name in (n for n, t in state.items() if n != layout.token and t.shape == old.shape and torch.equal(t, old)):
+        new[name] = new[layout.token].clone()  # a tied head under its own name, as in a state_dict
     for name in filter(None, (layout.position, layout.kind)):
         new[name][:, : 2 * tag + 1] = 0
     scale = float(_embedded(new, layout, public)[..., free].std()) if layout.causal else 1.0

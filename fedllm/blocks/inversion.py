@@ -37,6 +37,10 @@ TRIALS = 25
 """How many points one line search of L-BFGS tries."""
 CELLS = 1 << 22
 """How many scores of tokens are held at once."""
+SLACK = 1e-6
+"""How far below 0 a row's product with a separating direction may be; more in dtypes of coarser rounding."""
+APART = 1e-3
+"""A row no farther from the cone of the others lies in it: a direction that parts them would be longer than 1 / APART."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +344,13 @@ def linear_input(weight_gradient: torch.Tensor, bias_gradient: torch.Tensor) -> 
     Raises:
         DataError: shapes that do not match, numbers that are not finite, or bias gradients that are all 0.
     """
-    _check_layer(weight_gradient, bias_gradient)
+    if weight_gradient.dim() != 2 or not weight_gradient.numel() or bias_gradient.shape != weight_gradient.shape[:1]:
+        raise DataError(
+            f"A layer's gradients have shapes {tuple(weight_gradient.shape)} and {tuple(bias_gradient.shape)}.",
+            "Expected [O, F] and [O].",
+        )
+    _check_finite("The gradient of the weights", weight_gradient)
+    _check_finite("The gradient of the bias", bias_gradient)
     wide = bias_gradient.detach().double()
     row = int(wide.abs().argmax())
     if not bool(wide[row]):
@@ -396,11 +406,12 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
     Under cross-entropy the gradient is a sum of outer products of p_i - onehot(y_i), which is below 0 at y_i only,
     with the inputs of the layer. So its left singular vectors U hold, for every class c of the batch, a direction q
     with U_c q < 0 and U_j q > 0 elsewhere: a linear program decides. The paper filters the classes by a perceptron
-    before; here the filter is non-negative least squares, which rejects only what cannot be separated.
+    first; here the filter is non-negative least squares, which rejects what provably cannot be separated.
 
-    Assumes that the inputs of the layer are linearly independent, so that the rank is the batch (at most F; with fewer
-    a label may be missed), and more classes than the rank: at rank C - 1 every class can be separated, which is
-    refused, and near it classes that are not there pass, too. Examples predicted almost surely vanish in the rounding.
+    Assumes linearly independent inputs of the layer, so that the rank is the batch (with fewer, as where the batch is
+    above F, labels are missed), and clearly more classes than the rank. At rank C - 1 every class can be separated,
+    which is refused; a little below, or with repeated labels, some that are not there pass, too. An example that is
+    predicted almost surely may vanish in the rounding.
     Source: Dang et al., Revealing and Protecting Labels in Distributed Training, NeurIPS 2021, arXiv:2111.00556.
 
     Args:
@@ -411,6 +422,7 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
     Raises:
         ConfigError: a rank outside 1 to min(C - 2, F).
         DataError: a wrong shape, numbers that are not finite, a gradient of 0, or one of rank C - 1 or more.
+        RunError: a linear program was not solved.
     """
     if weight_gradient.dim() != 2 or not weight_gradient.numel():
         raise DataError(f"The gradient of the weights has shape {tuple(weight_gradient.shape)}.", "Expected [C, F].")
@@ -432,48 +444,49 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
     rows = (wide @ right[:kept].T / sizes[:kept]).numpy()
     lengths = numpy.linalg.norm(rows, axis=1)
     held = numpy.flatnonzero(lengths > 0)
-    isolated = _isolated(rows[held] / lengths[held, None], max(1e-6, epsilon**0.5))
-    return held[isolated].tolist()
+    return held[_isolated(rows[held] / lengths[held, None], max(SLACK, 4 * epsilon))].tolist()
 
 
-def _isolated(rows: numpy.ndarray, tolerance: float) -> list[int]:
-    """The unit rows that a plane through 0 parts from all others.
+def _isolated(rows: numpy.ndarray, slack: float) -> list[int]:
+    """The numbers of the unit rows c for which a q has rows_c q = -1 and rows_j q >= -slack for all others.
 
-    One that lies in the cone of the others cannot be parted (Farkas). Rows that span the cone of one span that of the
-    next, too, so they are tried first.
+    By duality there is none (but for very long q) where c lies in the cone of the others, with small factors. Rows that
+    span the cone around one span it around the next, too, so they are tried first.
     """
     spanning: set[int] = set()
     found = []
     for c in range(len(rows)):
-        if spanning - {c} and not _outside(rows, c, sorted(spanning - {c}), tolerance)[0]:
+        if not _outside(rows, c, sorted(spanning - {c}), slack)[0]:
             continue
-        outside, used = _outside(rows, c, [j for j in range(len(rows)) if j != c], tolerance)
+        outside, used = _outside(rows, c, [j for j in range(len(rows)) if j != c], slack)
         spanning.update(used)
-        if outside and _parted(rows, c, tolerance):
+        if outside and _least_slack(rows, c) <= slack:
             found.append(c)
     return found
 
 
-def _outside(rows: numpy.ndarray, c: int, others: list[int], tolerance: float) -> tuple[bool, list[int]]:
-    """Whether row c is outside the cone of the others (True where that is not settled), and which of them span it."""
+def _outside(rows: numpy.ndarray, c: int, others: list[int], slack: float) -> tuple[bool, list[int]]:
+    """Whether row c is outside the cone of the others (or that is not settled), and which of them span it there."""
     from scipy.optimize import nnls  # pyright: ignore[reportMissingTypeStubs]
 
-    try:
-        shares, residual = nnls(rows[others].T, rows[c])
-    except RuntimeError:  # too many iterations
+    if not others:
         return True, []
-    return float(residual) > tolerance, [j for j, share in zip(others, shares, strict=True) if share > 0]
+    try:
+        cone = numpy.vstack([rows[others].T, numpy.full(len(others), slack)])
+        factors, apart = nnls(cone, numpy.append(rows[c], 0.0))
+    except RuntimeError:  # it gave up: the linear program decides
+        return True, []
+    return float(apart) > APART, [j for j, factor in zip(others, factors, strict=True) if factor > 0]
 
 
-def _parted(rows: numpy.ndarray, c: int, tolerance: float) -> bool:
-    """Whether a q exists with rows_c q = -1 and rows_j q >= -s elsewhere, for an s up to the tolerance."""
+def _least_slack(rows: numpy.ndarray, c: int) -> float:
+    """The least s >= 0 for which a q has rows_c q = -1 and rows_j q >= -s for all others."""
     from scipy.optimize import linprog  # pyright: ignore[reportMissingTypeStubs]
 
     count, width = rows.shape
-    others = numpy.column_stack([-numpy.delete(rows, c, 0), -numpy.ones(count - 1)])
     solved = linprog(
         numpy.append(numpy.zeros(width), 1.0),
-        A_ub=others,
+        A_ub=numpy.column_stack([-numpy.delete(rows, c, 0), -numpy.ones(count - 1)]),
         b_ub=numpy.zeros(count - 1),
         A_eq=numpy.append(rows[c], 0.0)[None],
         b_eq=[-1.0],
@@ -481,17 +494,7 @@ def _parted(rows: numpy.ndarray, c: int, tolerance: float) -> bool:
     )
     if not solved.success:
         raise RunError(f"The linear program for a class was not solved: {solved.message}")
-    return float(solved.fun) <= tolerance
-
-
-def _check_layer(weight_gradient: torch.Tensor, bias_gradient: torch.Tensor) -> None:
-    if weight_gradient.dim() != 2 or not weight_gradient.numel() or bias_gradient.shape != weight_gradient.shape[:1]:
-        raise DataError(
-            f"A layer's gradients have shapes {tuple(weight_gradient.shape)} and {tuple(bias_gradient.shape)}.",
-            "Expected [O, F] and [O].",
-        )
-    _check_finite("The gradient of the weights", weight_gradient)
-    _check_finite("The gradient of the bias", bias_gradient)
+    return float(solved.fun)
 
 
 def _check_finite(what: str, tensor: torch.Tensor) -> None:
