@@ -27,6 +27,7 @@ QUESTIONS = (
     "growth",
     "start",
     "secagg",
+    "secagg_flower",
     "encrypted",
 )
 """In the order of the page."""
