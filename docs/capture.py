@@ -385,6 +385,18 @@ CAPTURES: dict[str, Capture] = {
         besieged,
         ("fedavg",),
     ),
+    "read-enron": Capture(
+        "What a server reads of an upload",
+        (
+            "fedllm attack benchmarks/recipes/read-enron.yaml --attacks film,film-4,attribute-reconstruction "
+            "--defences freeze-embeddings,prune,local-noise,secure,encrypted-10,encrypted-30,encrypted-50",
+        ),
+        besieged,
+        ("fedavg",),
+    ),
+    "decepticons": Capture(
+        "A server that reshapes the weights", ("python -m benchmarks.decepticons",), program, ("fedavg",)
+    ),
     "private-ag-news": Capture(
         "LoRA under differential privacy", ("python -m benchmarks.private",), program, ("ffa-lora", "fedavg")
     ),
