@@ -384,7 +384,8 @@ class FILM(Observer):
     """Rounds in which tokens are swapped."""
     cut: Literal["auto", "nonzero", "gap"] = "auto"
     """Which rows of the embedding count: all that are not zero, or those above the largest gap of their norms; auto:
-    all that are not zero, and where the head has the same weights, the largest, as many as the texts have tokens."""
+    all that are not zero, and where the head has the same weights, those above the largest gap within reason: at most
+    as many as the texts have tokens, and at least a third of that."""
 
     def read(self, sight: Sight, glass: Glass, rng: torch.Generator) -> list[list[int]]:
         """See :func:`fedllm.blocks.film.recover`."""
@@ -393,7 +394,8 @@ class FILM(Observer):
             return []
         cut: Any = self.cut
         if cut == "auto":
-            cut = sum(len(e.inputs["input_ids"]) for e in sight.examples) if glass.tied else "nonzero"
+            tokens = sum(len(e.inputs["input_ids"]) for e in sight.examples)
+            cut = _within_reason(grad, tokens, glass) if glass.tied else "nonzero"
         bag = film.bag(grad, cut=cut, exclude=glass.special)
         order = numpy.random.default_rng(int(torch.randint(2**31, (1,), generator=rng)))
         how: dict[str, Any] = {"beams": self.beams, "groups": min(4, self.beams), "length": self.length}
@@ -401,6 +403,14 @@ class FILM(Observer):
             glass, bag, sentences=len(sight.examples), starts=glass.starts(bag.tokens), rng=order, prefix=glass.begin,
             alpha=self.alpha, phrases=self.phrases, swaps=self.swaps, **how,
         )  # fmt: skip
+
+
+def _within_reason(grad: torch.Tensor, tokens: int, glass: Glass) -> int:
+    """How many of the largest rows stand out, where `tokens` tokens were fed, some of them more than once."""
+    norms = torch.tensor(film.bag(grad, cut=tokens + 1, exclude=glass.special).norms, dtype=torch.float64)
+    gaps = norms[:-1].log() - norms[1:].log()
+    least = min(max(1, tokens // 3), max(1, len(gaps)))
+    return least + int(gaps[least - 1 :].argmax()) if len(gaps) else len(norms)
 
 
 class Decepticons(Observer):
