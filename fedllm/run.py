@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from typing import Protocol as Interface
 
 from fedllm.core.errors import ConfigError, RoundFailed
 from fedllm.core.guard import Guard
@@ -25,11 +26,12 @@ from fedllm.core.protocol import Protocol
 from fedllm.core.reducer import Reducer
 from fedllm.core.roster import Group, assign
 from fedllm.core.seeds import numpy_stream
-from fedllm.core.server import Server
+from fedllm.core.server import Engine, Server
 from fedllm.core.settings import merge, read
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors, count
 from fedllm.core.train import Train
+from fedllm.core.work import Rows
 from fedllm.data.federation import Federation
 from fedllm.data.statistics import statistics
 from fedllm.engine.folder import Checkpoint, RunFolder
@@ -65,6 +67,22 @@ Data = Federation | Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 """Data given in Python: a Federation, or client id -> {"train": rows, "eval": rows}."""
 
 
+class Stores(Interface):
+    """What a checkpoint needs of the clients' private stores; see :class:`fedllm.engine.private.PrivateStore`."""
+
+    def manifest(self) -> dict[str, str]:
+        """Client -> the file of its entry."""
+        ...
+
+    def restore(self, manifest: dict[str, str]) -> None:
+        """Go back to a checkpoint's entries."""
+        ...
+
+    def prune(self, keep: Sequence[dict[str, str]]) -> None:
+        """Remove the files that no manifest names."""
+        ...
+
+
 class Watch:
     """What a run tells while it goes on; subclass it to show progress. `stop` ends the run after the current round."""
 
@@ -95,6 +113,7 @@ class Ground:
         roster: client id -> its group.
         left: trainable tensors that only the recipe's method asked for.
         guard: what stands between uploads and the recipe's method.
+        remote: where the clients are elsewhere: the engine of a leg, and what it says of their private stores.
         width: how many clients share a pass.
         measured: the clients that have held-out data (and are to be measured).
         warnings: what a user should know.
@@ -110,12 +129,26 @@ class Ground:
     roster: dict[str, Group] = field(default_factory=dict)
     left: frozenset[str] = frozenset()
     guard: Guard = field(default_factory=Guard)
+    remote: Callable[[str, Algorithm], tuple[Engine, Stores]] | None = None
+
+    def left_by(self, method: Algorithm) -> frozenset[str]:
+        """Trainable tensors of the learner that this method does not know."""
+        return frozenset() if method.adapter() == method_of(self.recipe).adapter() else self.left
+
+    def engine(
+        self, leg: str, method: Algorithm, private: Path | None = None, debug: bool = False, guard: Guard | None = None
+    ) -> tuple[Engine, Stores]:
+        """What carries a leg's requests to the clients, and the private stores behind it."""
+        if self.remote is not None:
+            return self.remote(leg, method)
+        worker = self.worker(method, private, debug, guard)
+        return LocalEngine(worker, self.federation.client_ids, self.width), worker.private
 
     def worker(
         self, method: Algorithm, private: Path | None = None, debug: bool = False, guard: Guard | None = None
     ) -> LocalWorker:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
-        left = () if method.adapter() == method_of(self.recipe).adapter() else self.left
+        left = self.left_by(method)
         rows, seed = Pooled(self.federation), self.recipe.seed
         coder = codec_of(self.recipe) if isinstance(method, Method) and self.recipe.secure is None else None
         groups = self.roster, self.learners
@@ -186,12 +219,18 @@ def resume(folder: str | Path, *, data: Data | None = None, watch: Watch | None 
     place = RunFolder.open(Path(folder))
     settled = load_recipe(place.path / "recipe.yaml")
     ground = prepare(settled, data)
-    _same_ground(place, ground)
+    same_ground(place, ground)
     return play(ground, place, watch or Watch(), debug)
 
 
-def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
-    """Load data, model, adapter and task; everything that can be refused is refused here."""
+def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) -> Ground:
+    """Load data, model, adapter and task; everything that can be refused is refused here.
+
+    Args:
+        recipe: the recipe.
+        data: data in memory instead of what the recipe names.
+        near: the clients whose rows can be read here, by default all of them.
+    """
     if data is None:
         federation = Federation.build(recipe.data, recipe.seed)
     else:
@@ -217,7 +256,7 @@ def prepare(recipe: Recipe, data: Data | None = None) -> Ground:
         measured = sorted(stream.choice(measured, recipe.evaluation.clients, replace=False).tolist())
     roster, learners = groups_of(recipe, federation, labels, method)
     notes = [note for each in (learner, *learners.values()) for note in each.notes]
-    width = choose(recipe.cohort_width, learner, federation, train, cohort)
+    width = choose(recipe.cohort_width, learner, federation if near is None else near, train, cohort)
     warnings = [*federation.warnings, *dict.fromkeys(notes)]
     left = frozenset(learner.initial()) - plain
     guard = guard_of(recipe, federation, method, cohort)
@@ -441,14 +480,14 @@ class Leg:
         recipe = ground.recipe
         private = folder.private(name) if folder else None
         guard = guard or (ground.guard if name == FEDERATED else Guard())
-        self.worker = ground.worker(method, private, debug, guard)
-        engine = LocalEngine(self.worker, ground.federation.client_ids, ground.width)
+        engine, self.stores = ground.engine(name, method, private, debug, guard)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)
         codec = codec_of(recipe)
         if codec is not None and isinstance(method, Method) and recipe.secure is None:  # a sum has no codes to undo
             self.server.opened = codec.decode
         start = ground.learner.initial()
-        moves = {n for n in start if method.trainable(n) and n not in self.worker.left}
+        left = ground.left_by(method)
+        moves = {n for n in start if method.trainable(n) and n not in left}
         self.frozen: Tensors = {n: t for n, t in start.items() if n not in moves}
         self.cohort = recipe.cohort_size(len(ground.federation.client_ids))
         first = method.init({n: t for n, t in start.items() if n in moves})
@@ -550,12 +589,11 @@ class Leg:
     def _save(self, done: bool) -> None:
         if self.folder is None:
             return
-        private = self.worker.private
         guard, length = self.server.guard.to_json(), self.folder.metrics_bytes()
-        kept = private.manifest(), length, done, guard, self.server.guard.memory()
+        kept = self.stores.manifest(), length, done, guard, self.server.guard.memory()
         checkpoint = Checkpoint(self.state, self.server.meter, *kept)
         self.folder.save(self.name, checkpoint)
-        private.prune(self.folder.manifests(self.name))
+        self.stores.prune(self.folder.manifests(self.name))
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint; True where the leg is already finished."""
@@ -563,7 +601,7 @@ class Leg:
         if checkpoint is None or self.folder is None:
             return False
         self.state, self.server.meter = checkpoint.state, checkpoint.meter
-        self.worker.private.restore(checkpoint.private)
+        self.stores.restore(checkpoint.private)
         if checkpoint.guard is not None or checkpoint.remembered:
             self.server.guard.restore(checkpoint.guard, checkpoint.remembered)
         if not checkpoint.done:
@@ -637,8 +675,7 @@ def with_gains(ground: Ground, rows: list[dict[str, Any]]) -> list[dict[str, Any
 def base_row(ground: Ground) -> dict[str, Any]:
     """The base model, measured at the same clients."""
     method = method_of(ground.recipe, "fedavg")
-    worker = ground.worker(method)
-    server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width), ground.recipe.seed)
+    server = Server(ground.engine("base", method)[0], ground.recipe.seed)
 
     async def ask() -> dict[str, dict[str, float]]:
         payloads = ((client, Received()) for client in ground.measured)
@@ -720,7 +757,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _same_ground(folder: RunFolder, ground: Ground) -> None:
+def same_ground(folder: RunFolder, ground: Ground) -> None:
     """Warn where a resumed run stands on another base model or other versions; refuse another base model."""
     before, now = folder.read_json("environment.json") or {}, environment(ground)
     if before.get("model", {}).get("fingerprint") not in (None, now["model"]["fingerprint"]):

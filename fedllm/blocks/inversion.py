@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from fedllm.core.errors import ConfigError, DataError, RunError
-from fedllm.core.tensors import Tensors, finite, same_shapes
+from fedllm.core.tensors import Tensors, finite, norm, same_shapes
 
 Kind = Literal["l2", "cosine"]
 """How two gradients are compared; see :func:`distance`."""
@@ -33,6 +33,8 @@ MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 """The shares of the steps after which signed Adam lowers its learning rate tenfold."""
 FALL = 1e-6
 """L-BFGS starts again, in new units, where the objective has fallen to this share."""
+UNIT = 1e-30
+"""The least such unit: its inverse is a number in float32."""
 TRIALS = 25
 """How many points one line search of L-BFGS tries."""
 CELLS = 1 << 22
@@ -40,7 +42,7 @@ CELLS = 1 << 22
 SLACK = 1e-6
 """How far below 0 a row's product with a separating direction may be; more in dtypes of coarser rounding."""
 APART = 1e-3
-"""A row no farther from the cone of the others lies in it: a direction that parts them would be longer than 1 / APART."""
+"""A row no farther (nor 8 slacks) from the cone of the others lies in it: what parts them is longer than 1 / APART."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class Match:
 def distance(found: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], kind: Kind) -> torch.Tensor:
     """How far one gradient is from another: a scalar in float64, differentiable in `found`.
 
-    'l2' is the sum of squared differences (Zhu et al., DLG, arXiv:1906.08935, equation 4). 'cosine' is 1 - cos of the
-    concatenations (Geiping et al., Inverting Gradients, arXiv:2003.14123, equation 4), 0 to 2; it is 1 where either
-    has a norm of 0.
+    'l2' is the sum of squared differences (Zhu et al., DLG, arXiv:1906.08935). 'cosine' is 1 - cos of the
+    concatenations (Geiping et al., Inverting Gradients, arXiv:2003.14053), 0 to 2; it is 1 where either has a norm of
+    0.
 
     Raises:
         ConfigError: an unknown kind.
@@ -92,7 +94,7 @@ def match(
     """Move dummy inputs until their gradient is the target; the best point seen is returned.
 
     DLG (Zhu et al., NeurIPS 2019, arXiv:1906.08935) is 'l2' and 'lbfgs' over inputs and label logits. Inverting
-    gradients (Geiping et al., NeurIPS 2020, arXiv:2003.14123) is 'cosine' and 'signed-adam' over inputs with the labels
+    gradients (Geiping et al., NeurIPS 2020, arXiv:2003.14053) is 'cosine' and 'signed-adam' over inputs with the labels
     known, and a prior; its learning rate falls tenfold after 3/8, 5/8 and 7/8 of the steps. Here L-BFGS has a line
     search (strong Wolfe), without which it often diverges. Where a step ends in numbers that are not finite, the
     search goes on from the best point with half the learning rate and no memory; where L-BFGS stalls, it forgets its
@@ -100,7 +102,7 @@ def match(
 
     Args:
         gradient_of: see :data:`GradientOf`; may use the model's own parameters, whose `.grad` stay as they are.
-        start: dummy inputs by name, of floating dtype, or several sets of them: each is a search of its own.
+        start: dummy inputs by name, float32 or float64, or several sets of them: each is a search of its own.
         target: the gradient that was seen.
         kind: see :func:`distance`.
         optimizer: see above; 'adam' is plain Adam at a constant rate.
@@ -125,19 +127,21 @@ def match(
             "Allowed: a weight above 0 with a prior, and 0 without one.",
         )
     _check_target(target, kind)
-    if kind == "cosine" and not any(bool(each.any()) for each in target.values()):
+    if kind == "cosine" and norm(target) <= TINY:
         raise DataError("The target gradient is 0.", "A cosine needs a direction.", action="Use kind='l2'.")
-
-    def objective(point: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        found = gradient_of(point)
-        same_shapes(found, target, "The gradient of the dummy inputs")
-        near = _distance(found, target, kind)
-        return near if prior is None else near + prior_weight * prior(point), near
-
     starts = [start] if isinstance(start, Mapping) else list(start)
-    searches = [_Search(objective, each, optimizer, lr) for each in starts]
-    for search in searches:
-        search.run(steps)
+    with torch.inference_mode(False), torch.enable_grad():
+        wanted = {name: each.detach().double().clone() for name, each in target.items()}
+
+        def objective(point: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+            found = gradient_of(point)
+            same_shapes(found, wanted, "The gradient of the dummy inputs")
+            near = _distance(found, wanted, kind)
+            return near if prior is None else near + prior_weight * prior(point), near
+
+        searches = [_Search(objective, each, optimizer, lr) for each in starts]
+        for search in searches:
+            search.run(steps)
     best = min(searches, key=lambda search: search.least, default=None)
     if best is None or not math.isfinite(best.least):
         raise DataError(f"None of {len(starts)} starts has a finite objective.", action="Give smaller starts.")
@@ -154,49 +158,48 @@ class _Search:
         optimizer: Optimizer,
         lr: float,
     ) -> None:
-        if not start or not all(each.is_floating_point() for each in start.values()):
-            raise ConfigError("A start holds no tensor, or one of whole numbers.", "Allowed: tensors of floats.")
+        if not start or any(each.dtype not in (torch.float32, torch.float64) for each in start.values()):
+            raise ConfigError("A start holds no tensor, or one of another dtype.", "Allowed: float32 and float64.")
         bad = finite(start)
         if bad is not None:
             raise DataError(f"The start '{bad}' is not finite.")
         self.objective, self.optimizer, self.lr = objective, optimizer, lr
-        self.point: Tensors = {name: each.detach().clone() for name, each in start.items()}
-        self.best = {name: each.clone() for name, each in self.point.items()}
+        self.point: Tensors = {name: each.detach().clone().requires_grad_() for name, each in start.items()}
+        self.best = {name: each.detach().clone() for name, each in self.point.items()}
         self.least = self.nearest = math.inf
         self.scale = 1.0
         self.trace: list[float] = []
 
     def run(self, steps: int) -> None:
         """So many steps; fewer where L-BFGS finds nothing better any more."""
-        with torch.inference_mode(False), torch.enable_grad():
-            for each in self.point.values():
-                each.requires_grad_()
-            self.value()
-            if not math.isfinite(self.least):
-                return
-            closure: Any = self.value  # torch's own type lacks tensors
+        self.value()
+        if not math.isfinite(self.least):
+            return
+        closure: Any = self.value  # torch's own type lacks tensors
+        mover, fresh = self.mover(), True
+        for step in range(steps):
+            drops = sum(step >= share * steps for share in MILESTONES) if self.optimizer == "signed-adam" else 0
+            mover.param_groups[0]["lr"] = self.lr * 0.1**drops
+            before = self.least
+            value = float(mover.step(closure)) / self.scale  # of the point the step began at
+            self.trace.append(value)
+            stalled = self.optimizer == "lbfgs" and self.least >= before
+            if not math.isfinite(value):
+                self.lr /= 2
+            elif stalled and fresh:
+                break
+            elif not stalled and (self.optimizer != "lbfgs" or self.least * self.scale > FALL):
+                fresh = False
+                continue
+            with torch.no_grad():
+                for name, each in self.point.items():
+                    each.copy_(self.best[name])
             mover, fresh = self.mover(), True
-            for step in range(steps):
-                drops = sum(step >= share * steps for share in MILESTONES) if self.optimizer == "signed-adam" else 0
-                mover.param_groups[0]["lr"] = self.lr * 0.1**drops
-                before = self.least
-                value = float(mover.step(closure)) / self.scale  # of the point the step began at
-                self.trace.append(value)
-                stalled = self.optimizer == "lbfgs" and self.least >= before
-                if not math.isfinite(value):
-                    self.lr /= 2
-                elif stalled and fresh:
-                    break
-                elif not stalled and (self.optimizer != "lbfgs" or self.least * self.scale > FALL):
-                    fresh = False
-                    continue
-                self.go_back()
-                mover, fresh = self.mover(), True
-            self.trace.append(float(self.value()) / self.scale)
+        self.trace.append(float(self.value()) / self.scale)
 
     def mover(self) -> torch.optim.Optimizer:
         """An optimiser without a memory, for the objective in units of its least value so far."""
-        held, self.scale = list(self.point.values()), 1 / max(self.least, TINY**4)
+        held, self.scale = list(self.point.values()), 1 / max(self.least, UNIT)
         if self.optimizer != "lbfgs":
             return torch.optim.Adam(held, lr=self.lr)
         # Torch bounds the line search by max_eval, and leaves small curvature out of the memory: hence the scale.
@@ -210,14 +213,10 @@ class _Search:
             line_search_fn="strong_wolfe",
         )
 
-    def go_back(self) -> None:
-        """To the best point."""
-        with torch.no_grad():
-            for name, each in self.point.items():
-                each.copy_(self.best[name])
-
     def value(self) -> torch.Tensor:
         """The scaled objective at the point, inf where it is not finite; sets `.grad`, keeps the best point."""
+        for each in self.point.values():  # a line search that meets them halves its bracket
+            each.grad = torch.full_like(each, math.nan)
         lost = torch.tensor(math.inf, dtype=torch.float64)
         if finite(self.point) is not None:
             return lost
@@ -310,8 +309,6 @@ def nearest_tokens(
 
 def _nearest(embeddings: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, cosine: bool) -> torch.Tensor:
     wide = embeddings.detach().double().reshape(-1, table.shape[1])
-    if cosine and (not bool(wide.any(1).all()) or not bool(table[ids].any())):
-        raise DataError("An embedding or the table is 0, which has no direction.", action="Use by='euclidean'.")
     best = torch.full((len(wide),), -math.inf, dtype=torch.float64, device=wide.device)
     found = torch.zeros(len(wide), dtype=torch.int64, device=wide.device)
     for chunk in ids.split(max(1, CELLS // max(len(wide), table.shape[1], 1))):
@@ -323,6 +320,8 @@ def _nearest(embeddings: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, c
         score, place = scores.max(1)
         better = score > best
         best, found = torch.where(better, score, best), torch.where(better, chunk[place], found)
+    if not bool(torch.isfinite(best).all()) or (cosine and not bool(wide.any(1).all())):
+        raise DataError("An embedding or the table is 0, which has no direction.", action="Use by='euclidean'.")
     return found.reshape(embeddings.shape[:-1])
 
 
@@ -335,7 +334,8 @@ def linear_input(weight_gradient: torch.Tensor, bias_gradient: torch.Tensor) -> 
     With one example (one position of it) it is exact in every row j whose bias gradient is not 0. Else row j is the
     mixture sum_i s_ij x_i / sum_i s_ij, with s_ij = dL/dz_ij, of the inputs. Given is the row with the largest
     |dL/db_j|, which suffers least from rounding.
-    Source: Phong et al., arXiv:1706.08033, section 3; Geiping et al., arXiv:2003.14123, proposition 3.1.
+    Source: Phong et al., Privacy-Preserving Deep Learning via Additively Homomorphic Encryption, IEEE TIFS 2018;
+    Geiping et al., arXiv:2003.14053, proposition 3.1.
 
     Args:
         weight_gradient: [O, F].
@@ -364,7 +364,8 @@ def label_counts(bias_gradient: torch.Tensor, probabilities: torch.Tensor, batch
     Under cross-entropy with mean reduction dL/db_c = mean p_c - n_c / B. B (mean p_c - dL/db_c) is brought to the
     nearest point with no entry below 0 and the sum B, and rounded there by largest remainders: of all counts these are
     the nearest in squares. Exact where the probabilities are; an untrained or a public model's, on other data, are an
-    estimate. Source: the derivative of the loss; Wainakh et al., arXiv:2111.12491, for the use of estimates.
+    estimate. Source: the derivative of the loss; Wainakh et al., User-Level Label Leakage,
+    arXiv:2105.09369, for the use of estimates.
 
     Args:
         bias_gradient: [C].
@@ -408,10 +409,10 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
     with U_c q < 0 and U_j q > 0 elsewhere: a linear program decides. The paper filters the classes by a perceptron
     first; here the filter is non-negative least squares, which rejects what provably cannot be separated.
 
-    Assumes linearly independent inputs of the layer, so that the rank is the batch (with fewer, as where the batch is
-    above F, labels are missed), and clearly more classes than the rank. At rank C - 1 every class can be separated,
-    which is refused; a little below, or with repeated labels, some that are not there pass, too. An example that is
-    predicted almost surely may vanish in the rounding.
+    Assumes linearly independent inputs of the layer, so that the rank is the batch (else labels are missed; rank F,
+    which a larger batch has, too, is refused), and clearly more classes than the rank: at rank C - 1 every class can
+    be separated, which is refused, and a little below, or with repeated labels, some that are not there pass, too. An
+    example that is predicted almost surely may vanish in the rounding.
     Source: Dang et al., Revealing and Protecting Labels in Distributed Training, NeurIPS 2021, arXiv:2111.00556.
 
     Args:
@@ -421,7 +422,8 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
 
     Raises:
         ConfigError: a rank outside 1 to min(C - 2, F).
-        DataError: a wrong shape, numbers that are not finite, a gradient of 0, or one of rank C - 1 or more.
+        DataError: a wrong shape, numbers that are not finite, a gradient of 0, or a rank that tells nothing: C - 1 or
+            more, or F where none was given.
         RunError: a linear program was not solved.
     """
     if weight_gradient.dim() != 2 or not weight_gradient.numel():
@@ -435,10 +437,11 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
     _, sizes, right = torch.linalg.svd(wide, full_matrices=False)
     seen = int((sizes > 4 * epsilon * sizes.square().sum().sqrt()).sum())
     kept = seen if rank is None else min(rank, seen)
-    if not 0 < kept < classes - 1:
+    most = min(classes - 2, features if rank is not None else features - 1)
+    if not 0 < kept <= most:
         raise DataError(
-            f"The gradient of the weights of {classes} classes has rank {kept}.",
-            "Labels are revealed at ranks 1 to classes - 2.",
+            f"The gradient of the weights, {classes} classes x {features} inputs, has rank {kept}.",
+            f"Labels are revealed at ranks 1 to {most}.",
             action="Give 'rank' where the batch is known to be smaller." if kept else "",
         )
     rows = (wide @ right[:kept].T / sizes[:kept]).numpy()
@@ -476,7 +479,7 @@ def _outside(rows: numpy.ndarray, c: int, others: list[int], slack: float) -> tu
         factors, apart = nnls(cone, numpy.append(rows[c], 0.0))
     except RuntimeError:  # it gave up: the linear program decides
         return True, []
-    return float(apart) > APART, [j for j, factor in zip(others, factors, strict=True) if factor > 0]
+    return float(apart) > max(APART, 8 * slack), [j for j, factor in zip(others, factors, strict=True) if factor > 0]
 
 
 def _least_slack(rows: numpy.ndarray, c: int) -> float:

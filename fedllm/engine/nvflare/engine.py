@@ -1,0 +1,437 @@
+"""Engine - the server's half: asks sites for their clients, takes the answers, and keeps private stores in step.
+
+Requests are read in lots; those of one site travel as one letter, a body that several clients receive only once. The
+letters of a lot are under way together. Replies are given on in the order of the requests, so that sums are formed in
+the same order as by the local engine, and the same bits come out.
+
+Orders about private stores (keep, roll back, close a conversation) are numbered and travel with the next letter to the
+site, again and again until it says that they were carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import queue
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from typing import Protocol as Interface
+
+from fedllm.core.errors import RunError
+from fedllm.core.roster import Group
+from fedllm.core.server import Reply, Request
+from fedllm.engine.nvflare.parts import Letter
+
+LOT = 1024
+"""The most requests that are under way together."""
+LOT_BYTES = 512 * 2**20
+"""Bytes of different bodies after which a lot is full."""
+LOOK = 5.0
+"""Seconds of silence after which it is asked whether a site is still there."""
+MISSES = 3
+"""A site that does not answer so many times in a row is lost for this job."""
+
+LATE = "no answer within"
+"""How the reason begins why a late client has no reply."""
+
+Done = Callable[[Letter | str], None]
+
+
+class Post(Interface):
+    """Carries letters to sites."""
+
+    def send(self, site: str, letter: Letter, done: Done) -> Callable[[], None]:
+        """Send a letter; `done` is called once, from any thread, with the answer or the reason why there is none.
+
+        Returns:
+            What takes the letter back.
+        """
+        ...
+
+    def alive(self, site: str) -> bool:
+        """Whether the site's process answers; may take seconds."""
+        ...
+
+    def over(self) -> str | None:
+        """Why the run must end; None where it may go on."""
+        ...
+
+
+@dataclass
+class Sites:
+    """The sites of a job, what carries letters to them, and those that are lost.
+
+    Attributes:
+        post: carries letters.
+        home: client -> its site.
+        lost: site -> why it is not asked any more.
+    """
+
+    post: Post
+    home: Mapping[str, str]
+    lost: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All sites, sorted."""
+        return sorted(set(self.home.values()))
+
+    def ask(self, letters: Mapping[str, Letter], misses: int = MISSES) -> dict[str, Letter | str]:
+        """Send a letter to each site and wait for all answers; a reason stands where there is none.
+
+        Args:
+            letters: site -> what it is sent.
+            misses: a site that is silent so many times in a row is lost.
+        """
+        found: queue.Queue[tuple[str, Letter | str]] = queue.Queue()
+        answers: dict[str, Letter | str] = {site: self.lost[site] for site in letters if site in self.lost}
+        takers = {
+            site: self.post.send(site, letter, lambda answer, site=site: found.put((site, answer)))
+            for site, letter in letters.items()
+            if site not in answers
+        }
+        watch = Watch(self, misses)
+        while len(answers) < len(letters):
+            try:
+                site, answer = found.get(timeout=0.25)
+                answers.setdefault(site, answer)
+            except queue.Empty:
+                over = self.post.over()
+                late = watch.silent([site for site in takers if site not in answers])
+                for site, reason in late.items():
+                    answers[site] = reason
+                    takers[site]()
+                if over is not None:
+                    for site in set(takers) - set(answers):
+                        takers[site]()
+                    raise RunError(f"The run was ended: {over}.") from None
+        return answers
+
+
+class Watch:
+    """Finds out which silent sites are gone."""
+
+    def __init__(self, sites: Sites, most: int = MISSES) -> None:
+        self.sites, self.most, self.since = sites, most, time.monotonic()
+        self.misses: dict[str, int] = {}
+
+    def silent(self, waiting: Sequence[str]) -> dict[str, str]:
+        """Look at the sites that have not answered, now and then; those found lost, with the reason."""
+        if time.monotonic() - self.since < LOOK:
+            return {}
+        found: dict[str, str] = {}
+        for site in waiting:
+            self.misses[site] = 0 if self.sites.post.alive(site) else self.misses.get(site, 0) + 1
+            if self.misses[site] >= self.most:
+                found[site] = self.sites.lost[site] = f"the site {site} does not answer any more"
+        self.since = time.monotonic()
+        return found
+
+
+class FlareEngine:
+    """Asks clients at their sites; implements :class:`fedllm.core.server.Engine`.
+
+    Args:
+        sites: where the clients are.
+        leg: the method that is asked for: federated, local, base.
+        group: client -> its group.
+        stores: whether clients keep anything between rounds.
+    """
+
+    def __init__(self, sites: Sites, leg: str, group: Callable[[str], Group], stores: bool) -> None:
+        self.sites, self.leg, self._group = sites, leg, group
+        self.orders = Orders(sites)
+        self.stores = RemoteStores(self, stores)
+        self._sessions: dict[str, str] = {}
+
+    @property
+    def client_ids(self) -> Sequence[str]:
+        """The clients of all sites, sorted."""
+        return sorted(self.sites.home)
+
+    def group(self, client: str) -> Group:
+        """See :class:`fedllm.core.server.Engine`."""
+        return self._group(client)
+
+    async def ask(self, requests: Iterable[Request], deadline: float | None) -> AsyncGenerator[Reply, None]:
+        """See :class:`fedllm.core.server.Engine`. The deadline holds for all requests together."""
+        begun, waiting = time.monotonic(), iter(requests)
+        while lot := _lot(waiting):
+            left = None if deadline is None else begun + deadline - time.monotonic()
+            trip = _Trip(self, lot, deadline, left)
+            try:
+                async for reply in trip.replies():
+                    if reply.session is not None:
+                        self._sessions[reply.session] = reply.client
+                    yield reply
+            finally:
+                trip.end()
+
+    def close(self, sessions: Sequence[str]) -> None:
+        """See :class:`fedllm.core.server.Engine`."""
+        for session in sessions:
+            client = self._sessions.pop(session, None)
+            if client is not None:
+                self.orders.add(client, {"do": "close", "sessions": [session]})
+
+    def drop(self, client: str) -> None:
+        """See :class:`fedllm.core.server.Engine`."""
+        self.orders.add(client, {"do": "drop", "client": client})
+
+    def settle(self, accepted: Sequence[str]) -> None:
+        """See :class:`fedllm.core.server.Engine`."""
+        for site in self.sites.names:
+            own = sorted({client for client in accepted if self.sites.home[client] == site})
+            self.orders.to(site, {"do": "settle", "clients": own})
+
+    def forget(self, request: Request) -> None:
+        """What a client's turn left is undone: its answer was not, or will not be, used."""
+        facts = {"id": request.id, "client": request.client, "session": request.session}
+        self.orders.add(request.client, {"do": "forget", **facts})
+
+
+class Orders:
+    """What sites are told about private stores, in order, until they say that it is done."""
+
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites
+        self._count = itertools.count(time.time_ns())  # numbers grow from one engine of a leg to the next
+        self._open: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, client: str, order: dict[str, Any]) -> None:
+        """An order about one client."""
+        self.to(self.sites.home[client], order)
+
+    def to(self, site: str, order: dict[str, Any]) -> None:
+        """An order to a site; nothing is kept for one that is lost."""
+        if site in self.sites.lost:
+            self._open.pop(site, None)
+            return
+        self._open.setdefault(site, []).append({"n": next(self._count), **order})
+
+    def of(self, site: str) -> list[dict[str, Any]]:
+        """What is to be done at a site."""
+        return list(self._open.get(site, ()))
+
+    def done(self, site: str, number: int | None) -> None:
+        """A site has carried out all orders up to this one."""
+        if number is not None:
+            self._open[site] = [order for order in self._open.get(site, ()) if order["n"] > number]
+
+
+class RemoteStores:
+    """The private stores at the sites, for checkpoints: the names of their files, never their contents."""
+
+    def __init__(self, engine: FlareEngine, used: bool) -> None:
+        self.engine, self.used = engine, used
+        self._known: dict[str, dict[str, str]] = {}
+
+    def manifest(self) -> dict[str, str]:
+        """Client -> the file of its entry at its site; of a site that is lost, what it said last."""
+        if not self.used:
+            return {}
+        for site, answer in self._ask(lambda site: {}).items():
+            if isinstance(answer, Letter):
+                self._known[site] = self._own(answer.meta["manifest"], site)
+        return dict(sorted(pair for known in self._known.values() for pair in known.items()))
+
+    def restore(self, manifest: dict[str, str]) -> None:
+        """Go back to a checkpoint's entries; raises :class:`RunError` where a site cannot."""
+        if not self.used:
+            return
+        own = {site: self._own(manifest, site) for site in self.engine.sites.names}
+        for site, answer in self._ask(lambda site: {"restore": own[site]}).items():
+            if isinstance(answer, Letter):
+                self._known[site] = self._own(answer.meta["manifest"], site)
+            else:
+                raise RunError(f"{site} cannot go back to the checkpoint: {answer}")
+
+    def prune(self, keep: Sequence[dict[str, str]]) -> None:
+        """Files that no manifest names may go."""
+        if self.used:
+            for site in self.engine.sites.names:
+                self.engine.orders.to(site, {"do": "prune", "keep": [self._own(one, site) for one in keep]})
+
+    def _own(self, manifest: Mapping[str, str], site: str) -> dict[str, str]:
+        home = self.engine.sites.home
+        return {client: file for client, file in manifest.items() if home.get(client) == site}
+
+    def _ask(self, more: Callable[[str], dict[str, Any]]) -> dict[str, Letter | str]:
+        engine = self.engine
+        facts = {"op": "stores", "leg": engine.leg}
+        letters = {s: Letter({**facts, "orders": engine.orders.of(s), **more(s)}) for s in engine.sites.names}
+        answers = engine.sites.ask(letters)
+        for site, answer in answers.items():
+            if isinstance(answer, Letter) and answer.op == "stores":
+                engine.orders.done(site, answer.meta["applied"])
+            else:  # what its clients keep is not known any more
+                reason = answer if isinstance(answer, str) else str(answer.meta.get("reason"))
+                answers[site] = engine.sites.lost.setdefault(site, reason)
+        return answers
+
+
+class _Trip:
+    """One lot of requests on their way: a letter to each site, and the replies in the order of the requests."""
+
+    def __init__(self, engine: FlareEngine, lot: Sequence[Request], deadline: float | None, left: float | None) -> None:
+        self.engine, self.lot, self.deadline = engine, lot, deadline
+        self.until = None if left is None else time.monotonic() + left
+        self.by_site: dict[str, list[Request]] = {}
+        for request in lot:
+            self.by_site.setdefault(engine.sites.home[request.client], []).append(request)
+        self.answers: asyncio.Queue[tuple[str, Letter | str]] = asyncio.Queue()
+        self.takers: dict[str, Callable[[], None]] = {}
+        self.replied: dict[str, Reply] = {}
+        self.given: set[str] = set()
+
+    async def replies(self) -> AsyncGenerator[Reply, None]:
+        """One reply for every request."""
+        loop, watch = asyncio.get_running_loop(), Watch(self.engine.sites)
+        for site, asked in self.by_site.items():
+            self._send(loop, site, asked)
+        for request in self.lot:
+            while request.id not in self.replied:
+                await self._wait(watch)
+            self.given.add(request.id)
+            yield self.replied.pop(request.id)
+
+    def end(self) -> None:
+        """Take back what is under way; what was answered and not given on is undone at the clients."""
+        for take_back in self.takers.values():
+            take_back()
+        for request in self.lot:
+            if request.id not in self.given:
+                self.engine.forget(request)
+
+    def _send(self, loop: asyncio.AbstractEventLoop, site: str, asked: Sequence[Request]) -> None:
+        lost = self.engine.sites.lost.get(site)
+        if lost is not None:
+            self._fail(site, lost, undo=False)
+            return
+        left = None if self.until is None else self.until - time.monotonic()
+        if left is not None and left <= 0:
+            self._fail(site, _late(self.deadline), undo=True)
+            return
+        orders = self.engine.orders.of(site)
+        letter = _letter(self.engine.leg, asked, orders, left)
+
+        def done(answer: Letter | str) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.answers.put_nowait, (site, answer))
+
+        self.takers[site] = self.engine.sites.post.send(site, letter, done)
+
+    async def _wait(self, watch: Watch) -> None:
+        """Take one answer; or, after a while of silence, look who is late, gone or not wanted any more."""
+        left = 0.25 if self.until is None else max(0.0, min(0.25, self.until - time.monotonic()))
+        try:
+            site, answer = await asyncio.wait_for(self.answers.get(), left)
+        except TimeoutError:
+            await self._silence(watch)
+            return
+        if self.takers.pop(site, None) is None:
+            return  # it was answered for before
+        if isinstance(answer, Letter):
+            self._take(site, answer)
+        else:
+            self._fail(site, answer, undo=True)
+
+    async def _silence(self, watch: Watch) -> None:
+        over = self.engine.sites.post.over()
+        if over is not None:
+            raise RunError(f"The run was ended: {over}.")
+        waiting = list(self.takers)
+        if self.until is not None and time.monotonic() >= self.until:
+            for site in waiting:
+                self.takers.pop(site)()
+                self._fail(site, _late(self.deadline), undo=True)
+            return
+        for site, reason in (await asyncio.to_thread(watch.silent, waiting)).items():
+            if site in self.takers:
+                self.takers.pop(site)()
+                self._fail(site, reason, undo=False)
+
+    def _take(self, site: str, answer: Letter) -> None:
+        """The replies of a site; a request it says nothing of is answered for."""
+        if answer.op != "replies":
+            self._fail(site, str(answer.meta.get("reason", "the site's answer is no list of replies")), undo=True)
+            return
+        asked = {request.id: request for request in self.by_site[site]}
+        try:
+            for facts in answer.meta["replies"]:
+                request = asked[facts["id"]]
+                body = None if facts["body"] is None else answer.blobs[facts["body"]]
+                cost = {str(name): _amount(value) for name, value in facts["cost"].items()}
+                error, session = (None if facts[n] is None else str(facts[n]) for n in ("error", "session"))
+                if error is not None and error.startswith(LATE):
+                    error = _late(self.deadline)  # a site knows only what is left of it
+                self.replied[request.id] = Reply(request.id, request.client, body, error, cost, session)
+            self.engine.orders.done(site, answer.meta["applied"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as fault:
+            self._fail(site, f"the site's answer cannot be read ({type(fault).__name__})", undo=True)
+            return
+        for request in asked.values():
+            if request.id not in self.replied:
+                self._one(request, "the site did not answer for it", undo=True)
+            elif self.replied[request.id].body is None:
+                self.engine.forget(request)  # it may have been answered after the site stopped waiting
+
+    def _fail(self, site: str, reason: str, undo: bool) -> None:
+        for request in self.by_site[site]:
+            if request.id not in self.replied:
+                self._one(request, reason, undo)
+
+    def _one(self, request: Request, reason: str, undo: bool) -> None:
+        self.replied[request.id] = Reply(request.id, request.client, None, reason)
+        if undo:
+            self.engine.forget(request)
+
+
+def _lot(waiting: Iterator[Request]) -> list[Request]:
+    """The next requests; bodies are counted once each."""
+    found: list[Request] = []
+    seen: set[int] = set()
+    size = 0
+    for request in waiting:
+        found.append(request)
+        mark = hash(request.body)
+        if mark not in seen:
+            seen.add(mark)
+            size += len(request.body)
+        if len(found) == LOT or size >= LOT_BYTES:
+            break
+    return found
+
+
+def _letter(leg: str, asked: Sequence[Request], orders: Sequence[dict[str, Any]], left: float | None) -> Letter:
+    """The requests of one site; a body that several clients receive is in it once."""
+    blobs: list[bytes] = []
+    places: dict[bytes, int] = {}
+    facts: list[dict[str, Any]] = []
+    for request in asked:
+        if request.body not in places:
+            places[request.body] = len(blobs)
+            blobs.append(request.body)
+        facts.append({**_named(request), "body": places[request.body]})
+    return Letter({"op": "ask", "leg": leg, "requests": facts, "orders": orders, "deadline": left}, blobs)
+
+
+def _named(request: Request) -> dict[str, Any]:
+    found = asdict(request)
+    del found["body"]
+    return found
+
+
+def _amount(value: Any) -> float:
+    """What a client says it spent; raises :class:`ValueError` for what cannot be added up."""
+    found = float(value)
+    if not math.isfinite(found) or found < 0:
+        raise ValueError(f"a cost of {found}")
+    return found
+
+
+def _late(deadline: float | None) -> str:
+    return f"{LATE} {deadline} s"

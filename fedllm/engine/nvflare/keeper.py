@@ -1,0 +1,314 @@
+"""Keeper - starts a site's worker process, feeds it, notices its death, and answers for it meanwhile.
+
+It runs inside FLARE's client process and imports no torch. A worker that dies of memory is an error reply of the
+clients it was busy with, and is started again with the next request. Replies stay on disk until the round is settled,
+so that a request that comes twice is never computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm.core.errors import DecodeError
+from fedllm.engine import durable
+from fedllm.engine.nvflare.parts import META_LIMIT, NAME, Letter
+from fedllm.engine.nvflare.pipe import Closed, Pipe
+
+LOOK = 0.05
+"""Seconds between two looks at whether the server still wants an answer."""
+MARGIN = 1.0
+"""Seconds (at most a tenth of the deadline) kept for the way back of what was answered in time."""
+LEFT = 3.0
+"""Seconds a worker is given to end by itself."""
+
+Stopped = Callable[[], bool]
+
+
+class Died(Exception):
+    """The worker process ended; the text says how."""
+
+
+class Process:
+    """The worker process of a site; at most one at a time.
+
+    Args:
+        kit: the site's folder.
+        log: what the worker prints, tracebacks among it; it stays at the site.
+    """
+
+    def __init__(self, kit: Path, log: Path) -> None:
+        self.kit, self.log = kit, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Pipe | None = None
+        self._letters: queue.Queue[Letter | None] = queue.Queue()
+        self._number = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start a process; one that runs is ended first."""
+        self.stop()
+        here, there = socket.socketpair()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        words = ["-m", "fedllm.engine.nvflare.worker", "--end", str(there.fileno()), "--kit", str(self.kit)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *words],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        there.close()
+        self._pipe, self._letters = Pipe(here), queue.Queue()
+        threading.Thread(target=_listen, args=(self._pipe, self._letters), daemon=True).start()
+
+    def say(
+        self, letter: Letter, told: Callable[[Letter], None], stopped: Stopped, until: float | None
+    ) -> Letter | None:
+        """Say something and take what is told until the last word.
+
+        Args:
+            letter: what is said.
+            told: is given the replies of single clients.
+            stopped: whether the server wants no answer any more.
+            until: when to stop waiting, on the monotonic clock.
+
+        Returns:
+            The last word; None where there is no wish or no time to wait for it.
+
+        Raises:
+            Died: the process ended.
+        """
+        self._number += 1
+        number, pipe = self._number, self._pipe
+        if pipe is None or not self.alive:
+            raise Died(self._end())
+        try:
+            pipe.send(Letter({**letter.meta, "n": number}, letter.blobs))
+            while True:
+                if stopped() or (until is not None and time.monotonic() > until):
+                    pipe.send(Letter({"op": "cancel", "n": number}))
+                    return None
+                try:
+                    found = self._letters.get(timeout=LOOK)
+                except queue.Empty:
+                    continue
+                if found is None:
+                    raise Died(self._end())
+                if found.meta.get("n") != number:
+                    continue  # the late end of a conversation that was left
+                if found.op != "reply":
+                    return found
+                told(found)
+        except Closed:
+            raise Died(self._end()) from None
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None and self._process.poll() is None:
+            try:
+                self._process.wait(LEFT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = self._pipe = None
+
+    def _end(self) -> str:
+        """How the process ended, for people."""
+        if self._process is None:
+            return "the site's worker process was not started"
+        try:
+            code = self._process.wait(LEFT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "the site's worker process was killed (signal 9): its memory may not have sufficed"
+        return f"the site's worker process ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
+
+
+def _listen(pipe: Pipe, letters: queue.Queue[Letter | None]) -> None:
+    try:
+        while True:
+            letters.put(pipe.receive())
+    except (Closed, DecodeError):
+        letters.put(None)
+
+
+class Replies:
+    """Replies on disk by leg and request id, until the round they belong to is settled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def clear(self, leg: str | None = None) -> None:
+        """Forget the replies of a leg, or all."""
+        for place in [self.folder / leg] if leg is not None else sorted(self.folder.glob("*")):
+            for file in place.glob("*"):
+                file.unlink(missing_ok=True)
+
+    def put(self, leg: str, reply: Letter) -> None:
+        """Keep a reply; it is on disk when this returns."""
+        facts = json.dumps({"meta": reply.meta, "sizes": [len(blob) for blob in reply.blobs]}).encode()
+        durable.write(
+            self._file(leg, reply.meta["id"]), b"".join([len(facts).to_bytes(8, "little"), facts, *reply.blobs])
+        )
+
+    def get(self, leg: str, name: str) -> Letter | None:
+        """The reply to a request, where it was answered before."""
+        file = self._file(leg, name)
+        if not file.is_file():
+            return None
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        if length > min(META_LIMIT, len(data)):
+            return None
+        facts: dict[str, Any] = json.loads(data[8 : 8 + length])
+        blobs, at = [], 8 + length
+        for size in facts["sizes"]:
+            blobs.append(data[at : at + size])
+            at += size
+        return Letter(facts["meta"], blobs)
+
+    def _file(self, leg: str, name: str) -> Path:
+        return self.folder / leg / hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+class Keeper:
+    """Answers the server's letters with the help of a worker process.
+
+    Args:
+        kit: the site's folder.
+        folder: where replies and the worker's log lie.
+    """
+
+    def __init__(self, kit: Path, folder: Path) -> None:
+        self.process, self.replies = Process(kit, folder / "worker.log"), Replies(folder / "replies")
+        self._hello: Letter | None = None
+        self._begin: Letter | None = None
+        self._settled: dict[str, int] = {}
+
+    def handle(self, letter: Letter, stopped: Stopped) -> Letter:
+        """The answer to a letter; whatever goes wrong is an answer, too."""
+        begun = time.monotonic()
+        for name in ("run", "leg"):
+            if not NAME.fullmatch(str(letter.meta.get(name, "x"))):
+                return _error(f"the server names a {name} '{letter.meta[name]}'")
+        try:
+            if letter.op == "ask":
+                return self._ask(letter, stopped, begun)
+            if letter.op == "hello":
+                self.replies.clear()
+                self._hello, self._begin, self._settled = letter, None, {}
+                if not self.process.alive:
+                    self.process.start()
+            elif not self.process.alive:
+                self._again(stopped)
+            if letter.op == "begin":
+                self._begin = letter
+            answer = self.process.say(letter, _nobody, stopped, None)
+        except Died as fault:
+            return _error(str(fault))
+        return answer or _error("the server does not wait any more")
+
+    def end(self) -> None:
+        """The job is over: its worker ends, and the uploads kept for it go."""
+        self.process.stop()
+        self.replies.clear()
+
+    def _again(self, stopped: Stopped) -> None:
+        """Start a worker that goes on where the last one ended."""
+        self.process.start()
+        for letter in (self._hello, self._begin):
+            if letter is None:
+                continue
+            answer = self.process.say(Letter({**letter.meta, "again": True}, letter.blobs), _nobody, stopped, None)
+            if answer is None or answer.op == "error":
+                reason = "the server does not wait any more" if answer is None else answer.meta["reason"]
+                self.process.stop()
+                raise Died(f"the site's worker process could not be started again: {reason}")
+
+    def _ask(self, letter: Letter, stopped: Stopped, begun: float) -> Letter:
+        """Requests of several clients: those answered before from disk, the others by the worker."""
+        leg, asked = letter.meta["leg"], letter.meta["requests"]
+        settled = max((order["n"] for order in letter.meta["orders"] if order["do"] == "settle"), default=0)
+        if settled > self._settled.get(leg, 0):
+            self.replies.clear(leg)
+            self._settled[leg] = settled
+        known = {r["id"]: found for r in asked if (found := self.replies.get(leg, r["id"])) is not None}
+        new = [request for request in asked if request["id"] not in known]
+        deadline = letter.meta["deadline"]
+        until = None if deadline is None else begun + deadline - min(MARGIN, deadline / 10)
+        reason, applied = f"no answer within {deadline} s", None
+
+        def told(reply: Letter) -> None:
+            if reply.meta["body"] is not None:  # what failed may be tried again
+                self.replies.put(leg, reply)
+            known[reply.meta["id"]] = reply
+
+        try:
+            if new or letter.meta["orders"]:
+                if not self.process.alive:
+                    self._again(stopped)
+                last = self.process.say(Letter({**letter.meta, "requests": new}, letter.blobs), told, stopped, until)
+                if last is not None and last.op == "error":
+                    reason = last.meta["reason"]
+                elif last is not None:
+                    applied = last.meta["applied"]
+        except Died as fault:
+            reason = str(fault)
+        return _replies([known.get(r["id"]) or _lost(r, reason) for r in asked], applied)
+
+
+def _nobody(letter: Letter) -> None:
+    """Takes replies where none is expected."""
+
+
+def _error(reason: str) -> Letter:
+    return Letter({"op": "error", "reason": reason})
+
+
+def _lost(request: dict[str, Any], reason: str) -> Letter:
+    names = {name: request[name] for name in ("id", "client")}
+    return Letter({"op": "reply", **names, "error": reason, "session": None, "cost": {}, "body": None})
+
+
+def _replies(found: Sequence[Letter], applied: int | None) -> Letter:
+    """Replies of several clients as one letter; equal bodies travel once."""
+    blobs: list[bytes] = []
+    places: dict[bytes, int] = {}
+    facts = []
+    for reply in found:
+        meta = {key: value for key, value in reply.meta.items() if key not in ("op", "n")}
+        if meta["body"] is not None:
+            body = reply.blobs[meta["body"]]
+            if body not in places:
+                places[body] = len(blobs)
+                blobs.append(body)
+            meta["body"] = places[body]
+        facts.append(meta)
+    return Letter({"op": "replies", "replies": facts, "applied": applied}, blobs)

@@ -1,0 +1,132 @@
+"""Parts - a letter between server and site: facts as JSON and any number of byte strings, checked on arrival.
+
+Small letters travel as one byte string. Larger ones are cut into NumPy arrays of 32 MiB, which FLARE streams singly:
+a gigabyte in one piece makes the server hold ten. Every letter carries its sizes and a SHA-256 of all it holds.
+"""
+
+# pyright: reportMissingTypeStubs=false
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy
+
+from fedllm.core.errors import DecodeError
+
+if TYPE_CHECKING:
+    from nvflare.apis.shareable import Shareable
+
+VERSION = 1
+"""The version of what server and site say to each other; both sides need the same."""
+PART = 32 * 2**20
+"""Bytes of one part of a large letter."""
+INLINE = 2**20
+"""A letter up to so many bytes travels in one piece: the rounds of a stream would cost more."""
+META_LIMIT = 64 * 2**20
+"""The most bytes that the facts of a letter may take."""
+BLOBS_LIMIT = 65_536
+"""The most byte strings of one letter."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Ids of runs and names of legs: they become folders at the sites."""
+_FACTS, _WHOLE, _PARTS = "fedllm", "fedllm_body", "fedllm_parts"
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What is said.
+
+    Attributes:
+        meta: facts that JSON can carry; `op` says what the letter is about.
+        blobs: byte strings that the facts refer to by number.
+    """
+
+    meta: dict[str, Any]
+    blobs: Sequence[bytes] = field(default_factory=tuple)
+
+    @property
+    def op(self) -> str:
+        """What the letter is about."""
+        return str(self.meta.get("op", ""))
+
+
+def to_shareable(letter: Letter) -> Shareable:
+    """The letter as FLARE carries it."""
+    from nvflare.apis.shareable import Shareable
+
+    found = Shareable()
+    sizes = [len(blob) for blob in letter.blobs]
+    body = b"".join(letter.blobs)
+    facts = {"version": VERSION, "sizes": sizes, "sha256": digest(letter), "meta": letter.meta}
+    found[_FACTS] = json.dumps(facts, allow_nan=False).encode()
+    if len(body) <= INLINE:
+        found[_WHOLE] = body
+    else:
+        whole = numpy.frombuffer(body, numpy.uint8)
+        found[_PARTS] = [whole[start : start + PART] for start in range(0, len(whole), PART)]
+    return found
+
+
+def from_shareable(shareable: Mapping[str, Any]) -> Letter:
+    """The letter in what FLARE carried; raises :class:`DecodeError` where it is not whole."""
+    facts = _facts(shareable.get(_FACTS))
+    body = shareable.get(_WHOLE)
+    if body is None:
+        body = _joined(shareable.get(_PARTS))
+    if not isinstance(body, bytes):
+        raise DecodeError(f"The body of a letter is a {type(body).__name__}.", "Allowed: bytes, or a list of arrays.")
+    sizes = cast("list[int]", facts["sizes"])
+    if sum(sizes) != len(body):
+        raise DecodeError(f"A letter of {len(body)} bytes arrived.", f"It says that it has {sum(sizes)}.")
+    blobs, at = [], 0
+    for size in sizes:
+        blobs.append(body[at : at + size])
+        at += size
+    letter = Letter(facts["meta"], blobs)
+    if digest(letter) != facts["sha256"]:
+        raise DecodeError("A letter arrived damaged: its SHA-256 is not the one it was sent with.")
+    return letter
+
+
+def digest(letter: Letter) -> str:
+    """SHA-256 over the facts and the byte strings, each with its length."""
+    found = hashlib.sha256()
+    for piece in (json.dumps(letter.meta, sort_keys=True).encode(), *letter.blobs):
+        found.update(len(piece).to_bytes(8, "little"))
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _facts(raw: object) -> dict[str, Any]:
+    if not isinstance(raw, bytes) or len(raw) > META_LIMIT:
+        size = f" of {len(raw)} bytes" if isinstance(raw, bytes) else ""
+        raise DecodeError(f"The facts of a letter are a {type(raw).__name__}{size}.", "Allowed: bytes of JSON.")
+    try:
+        facts = json.loads(raw)
+        version, sizes = facts["version"], facts["sizes"]
+        whole = isinstance(facts["meta"], dict) and isinstance(facts["sha256"], str) and isinstance(sizes, list)
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise DecodeError(f"The facts of a letter cannot be read ({type(fault).__name__}).") from fault
+    if version != VERSION:
+        raise DecodeError(
+            f"A letter of version {version!r} arrived.",
+            f"This installation reads version {VERSION}.",
+            action="Install the same version of fedllm on every side.",
+        )
+    if not whole or len(sizes) > BLOBS_LIMIT or not all(type(size) is int and size >= 0 for size in sizes):
+        raise DecodeError("The facts of a letter are malformed.")
+    return facts
+
+
+def _joined(parts: object) -> bytes:
+    """The parts of a large letter in one piece."""
+    if not isinstance(parts, list | tuple):
+        raise DecodeError("A letter has no body.")
+    for part in parts:
+        if not isinstance(part, numpy.ndarray) or part.dtype != numpy.uint8 or part.ndim != 1:
+            raise DecodeError("A part of a letter is not a flat array of bytes.")
+    return b"".join(part.data if part.flags.c_contiguous else part.tobytes() for part in parts)

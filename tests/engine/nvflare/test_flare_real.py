@@ -1,0 +1,143 @@
+"""FLARE itself, on loopback: one server and three sites as processes of their own, with certificates and policies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytest.importorskip("nvflare", reason="nvflare is not installed: pip install 'fedllm[nvflare]'")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import flare_rig as rig
+
+from fedllm.engine.nvflare import job as jobs
+from fedllm.engine.nvflare import kits, parts, session
+
+pytestmark = pytest.mark.slow
+SERVER, ADMIN = "localhost", "admin@hub.org"
+PATIENCE = 420.0
+
+
+@dataclass
+class Net:
+    place: Path
+    kits: dict[str, Path]
+    running: dict[str, session.Participant]
+
+    def run_folder(self, run: str) -> Path:
+        return self.kits[SERVER] / "fedllm" / "runs" / run
+
+    def rounds(self, run: str) -> list[dict[str, Any]]:
+        file = self.run_folder(run) / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [line for line in map(json.loads, lines) if line["event"] == "round"]
+
+    def after(self, run: str, count: int) -> None:
+        """Wait until so many rounds are over."""
+        until = time.monotonic() + PATIENCE
+        while len(self.rounds(run)) < count:
+            assert time.monotonic() < until, "the rounds do not come"
+            time.sleep(0.05)
+
+    def worker(self, site: str) -> psutil.Process:
+        family = psutil.Process(self.running[site].process.pid).children(recursive=True)
+        return next(one for one in family if "fedllm.engine.nvflare.worker" in one.cmdline())
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    place = tmp_path_factory.mktemp("net")
+    admins = {ADMIN: ("hub", "project_admin"), "member@hub.org": ("hub", "member")}
+    network = kits.Network("demo", SERVER, free_port(), {site: f"org{site[-1]}" for site in rig.HOMES}, admins)
+    facts: dict[str, Any] = {site: rig.site_facts(clients, place / site) for site, clients in rig.HOMES.items()}
+    made = kits.provision(network, place / "ws", {**facts, SERVER: {"device": "cpu"}})
+    found = Net(place, made, {})
+    try:
+        found.running = session.start_all(made, [SERVER, *rig.HOMES])
+        yield found
+    finally:
+        for one in found.running.values():
+            one.stop(kill=True)
+
+
+def submit(net: Net, run: str, **changes: Any) -> str:
+    with session.session(ADMIN, net.kits[ADMIN]) as admin:
+        admin.wait_for(list(rig.HOMES))
+        return admin.submit(run, rig.recipe(**changes), list(rig.HOMES))
+
+
+def finished(net: Net, job: str) -> Path:
+    with session.session(ADMIN, net.kits[ADMIN]) as admin:
+        status = admin.wait(job, PATIENCE)
+        found = admin.fetch(job, net.place / "fetched")
+        error = found / "error.txt"
+        assert status == session.GOOD, error.read_text() if error.is_file() else status
+        return found
+
+
+def test_policies_are_in_every_kit(net: Net) -> None:
+    for name in (SERVER, *rig.HOMES):
+        local = net.kits[name] / "local"
+        resources, rights = (json.loads((local / f"{n}.json").read_text()) for n in ("resources", "authorization"))
+        assert resources["class_allow_list"] == list(jobs.ALLOWED)
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert not resources.get("allow_log_streaming") and "/tmp/nvflare" not in json.dumps(resources)
+        for role in rights["permissions"].values():
+            assert all(role[right] == "none" for right in kits.FORBIDDEN)
+
+
+def test_server_killed_then_the_same_bits(net: Net) -> None:
+    """Kill -9 of the server in the middle of a run; submitted again, it ends as the local engine does."""
+    changes: dict[str, Any] = {"method": "scaffold", "rounds": 6, "cohort": 3, "train": {"steps": 8, "batch_size": 2}}
+    home = rig.at_home(net.place, **changes)
+    submit(net, "run-1", **changes)
+    net.after("run-1", 2)
+    net.running[SERVER].stop(kill=True)
+    assert len(net.rounds("run-1")) < 6 and not (net.run_folder("run-1") / "result.json").exists()
+    net.running[SERVER] = session.start(SERVER, net.kits[SERVER])
+    found = finished(net, submit(net, "run-1", **changes))
+    ours, theirs = (place / "adapter" / "adapter_model.safetensors" for place in (found, home.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+    result = json.loads((found / "result.json").read_text())
+    assert result["finished"] and result["rounds"] == 6 and result["bytes"] == home.table["bytes"]
+    assert [row["pooled"] for row in result["rows"]] == [row["pooled"] for row in home.table["rows"]]
+
+
+def test_worker_killed_then_the_run_goes_on(net: Net) -> None:
+    large = {"rank": 512}  # a letter beyond parts.INLINE: it is streamed in parts
+    job = submit(net, "run-2", rounds=4, train={"steps": 15, "batch_size": 2}, adapter=large)
+    net.after("run-2", 1)
+    time.sleep(0.3)
+    worker = net.worker("site-1")
+    os.kill(worker.pid, signal.SIGKILL)
+    found = finished(net, job)
+    rounds = net.rounds("run-2")
+    lost = [entry for line in rounds for entry in line["lost"]]
+    assert len(rounds) == 4 and rounds[-1]["used"] == 5
+    assert {entry["client"] for entry in lost} <= {"c0", "c3"} and lost
+    assert all("signal 9" in entry["reason"] for entry in lost)
+    result = json.loads((found / "result.json").read_text())
+    assert result["finished"] and result["bytes"]["up"] > 3 * 3 * parts.INLINE / 2, "two uploads of a site are streamed"
+
+
+def test_who_may_not_submit(net: Net) -> None:
+    """A member may look and not submit; and no job may name another class."""
+    with session.session("member@hub.org", net.kits["member@hub.org"]) as member, pytest.raises(Exception, match="uth"):
+        member.submit("run-3", rig.recipe(), list(rig.HOMES))
