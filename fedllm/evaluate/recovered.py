@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 Ids = Sequence[int]
 
@@ -24,7 +25,7 @@ def bag_scores(found: Sequence[Ids], truth: Sequence[Ids]) -> dict[str, float]:
 
 
 def rouge_l(found: Sequence[Ids], truth: Sequence[Ids]) -> float:
-    """The mean over true texts of the best F1 of the longest common subsequence with a found one (ROUGE-L, Lin 2004)."""
+    """The mean over true texts of the best F1 of the longest common subsequence with a found one (Lin 2004)."""
     if not truth:
         return 0.0
     return sum(max((_f1(ids, true) for ids in found), default=0.0) for true in truth) / len(truth)
@@ -32,7 +33,7 @@ def rouge_l(found: Sequence[Ids], truth: Sequence[Ids]) -> float:
 
 def rouge_2(found: Sequence[Ids], truth: Sequence[Ids]) -> float:
     """The same with pairs of neighbouring tokens (ROUGE-2)."""
-    pairs = [[list(zip(ids, ids[1:], strict=False)) for ids in texts] for texts in (found, truth)]
+    pairs = [[list(pairwise(ids)) for ids in texts] for texts in (found, truth)]
     if not pairs[1]:
         return 0.0
 
