@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import ConfigError
+from fedllm.core.errors import ConfigError, ModeConflict
+from fedllm.core.guard import Guard
 from fedllm.core.method import Method
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.server import Server
@@ -89,7 +90,8 @@ def siege(
 
     Raises:
         ConfigError: an unknown name, or a recipe with an attack or a defence of its own.
-        ModeConflict: a method that one of them cannot go with.
+        ModeConflict: a method that an attack, a defence or a mode cannot go with. An attack that cannot go with one of
+            the columns is a cell with a note.
     """
     settled, watch = load_recipe(recipe, overrides), watch or Watch()
     if settled.attack or settled.defence:
@@ -120,9 +122,13 @@ def siege(
         if not isinstance(method, Method):
             raise ConfigError(f"{key} is a protocol.", "Attacks and defences go with methods.", "fedavg")
         own = ground if method.adapter() == method_of(settled).adapter() else _ground(settled, key, data)
+        refused = _refused(own, method, known, columns)
         for defence in columns:
             for name in rows:
                 one = known.get(name)
+                if (name, defence) in refused:
+                    found.append(_empty(key, name, defence, refused[name, defence]))
+                    continue
                 if isinstance(one, Observer):
                     found.append(_watched(own, method, one, (key, name, defence), place, watch))
                     continue
@@ -130,8 +136,8 @@ def siege(
                 success = {goal: _success(leg, own, known[goal], metric) for goal in _goals(known, name)}
                 value = leg.ground.learner.values(total(leg.counts.values())).get(metric) if leg.counts else None
                 dropped = (leg.server.guard.told() or {}).get("dropped", [])
-                cell = {"method": key, "attack": name, "defence": defence, "score": value, "reached": success}
-                found.append({**cell, "dropped": list(dropped)})
+                cell = _empty(key, name, defence)
+                found.append({**cell, "score": value, "reached": success, "dropped": list(dropped)})
     table = _related(found, ground.learner.higher_is_better)
     place.write_json("attack.json", {"metric": metric, "rows": table})
     place.write_text("attack.md", to_markdown(table, metric))
@@ -183,8 +189,34 @@ def _watched(
             raise KeyboardInterrupt
         found = observed(replace(ground, recipe=protected(ground.recipe, defence)), method, observer).to_json()
         place.write_json(file, found)
-    cell_of = {"method": key, "attack": name, "defence": defence, "score": None, "dropped": []}
-    return {**cell_of, "reached": {name: found["success"]}, **found}
+    return {**_empty(key, name, defence), "reached": {name: found["success"]}, **found}
+
+
+def _empty(method: str, attack: str, defence: str, note: str = "") -> dict[str, Any]:
+    """A cell of which nothing is known, and why."""
+    cell = {"method": method, "attack": attack, "defence": defence}
+    return {**cell, "score": None, "dropped": [], "reached": {}, "note": note}
+
+
+def _refused(
+    ground: Ground, method: Method, known: Mapping[str, Attack | Observer], columns: Sequence[str]
+) -> dict[tuple[str, str], str]:
+    """The cells that cannot be played, with the reason; asked before anything is trained.
+
+    Raises:
+        ModeConflict: a method that does not go with an attack, or with a column, at all.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for defence in columns:
+        _guarded(ground, method, NONE, defence)
+        for name in (name for name, one in known.items() if isinstance(one, Attack)):
+            try:
+                _guarded(ground, method, name, defence)
+            except ModeConflict as fault:
+                if defence == NONE:
+                    raise
+                found[name, defence] = f"{name} under {defence}: {fault}"
+    return found
 
 
 def _place(recipe: Recipe, folder: str | Path | None) -> RunFolder:
@@ -202,15 +234,19 @@ def _ground(recipe: Recipe, key: str, data: Data | None) -> Ground:
     return prepare(recipe.model_copy(update={"method": {"name": key}}), data)
 
 
+def _guarded(ground: Ground, method: Method, attack: str, defence: str) -> tuple[Recipe, Guard]:
+    """The recipe of one cell, and its guard."""
+    settled = protected(ground.recipe, defence)
+    if attack != NONE:
+        settled = settled.model_copy(update={"attack": _with(ground.recipe, attack)})
+    cohort = settled.cohort_size(len(ground.federation.client_ids))
+    return settled, guard_of(settled, ground.federation, method, cohort)
+
+
 def _played(ground: Ground, method: Method, attack: str, defence: str, place: RunFolder, watch: Watch) -> Leg:
     """One cell, to its end."""
-    recipe = ground.recipe
-    settled = protected(recipe, defence)
-    if attack != NONE:
-        settled = settled.model_copy(update={"attack": _with(recipe, attack)})
+    settled, guard = _guarded(ground, method, attack, defence)
     ground = replace(ground, recipe=settled)
-    cohort = recipe.cohort_size(len(ground.federation.client_ids))
-    guard = guard_of(settled, ground.federation, method, cohort)
     leg = Leg(f"{method.key}-{attack}-{defence}", method, ground, place, watch, guard=guard)
     if not asyncio.run(leg.play()):
         raise KeyboardInterrupt
@@ -294,7 +330,7 @@ def to_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
             shown = [share_text(row["read"].get(name)) for name in names]
             lines.append(" | ".join([row["method"], row["attack"], row["defence"], *shown]))
         tables.append("\n".join(f"| {line} |" for line in lines) + "\n")
-    notes = dict.fromkeys(row["note"] for row in watched if row["note"])
+    notes = dict.fromkeys(row["note"] for row in rows if row["note"])
     return "\n".join([*tables, *(f"- {note}\n" for note in notes)])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedllm.attack import siege
-from fedllm.core.errors import ConfigError
+from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.work import Gradient
 from fedllm.engine.together import Job, run_together
 from fedllm.models.adapters.settings import AdapterSettings
@@ -180,3 +180,17 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ConfigError, match=match):
         grid(tmp_path, attacked, "secure", **given)
+
+
+def test_a_method_that_does_not_go_with_a_column_is_refused_first_and_an_attack_is_a_note(tmp_path: Path) -> None:
+    private = {"privacy": {"noise": 0.01, "delta": 0.01, "key": "seed", "clip": 100.0, "rate": 1.0}}
+    with pytest.raises(ModeConflict, match="weighting=uniform"):
+        grid(tmp_path / "a", "sign-flip", "privacy", methods=private)
+    assert not list((tmp_path / "a").rglob("*.safetensors")), "nothing was trained"
+    pytest.importorskip("cryptography")
+    options = {"secure": {"clip": 1000.0, "precision": 24}}
+    method = {"name": "fedavg", "weighting": "uniform"}
+    cells = grid(tmp_path / "b", "sign-flip", "secure", methods=options, method=method)
+    row = cells["sign-flip", "secure"]
+    assert row["score"] is None and "in the open" in row["note"] and cells["none", "secure"]["score"] is not None
+    assert row["note"] in (tmp_path / "b" / "grid" / "attack.md").read_text()
