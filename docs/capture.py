@@ -388,8 +388,8 @@ CAPTURES: dict[str, Capture] = {
     "read-enron": Capture(
         "What a server reads of an upload",
         (
-            "fedllm attack benchmarks/recipes/read-enron.yaml --attacks film,film-4,attribute-reconstruction "
-            "--defences freeze-embeddings,prune,local-noise,secure,encrypted-10,encrypted-30,encrypted-50",
+            "fedllm attack benchmarks/recipes/read-enron.yaml --attacks film,film-2,attribute-reconstruction "
+            "--defences freeze-embeddings,prune,local-noise,secure,encrypted-10,encrypted-50",
         ),
         besieged,
         ("fedavg",),
