@@ -364,7 +364,7 @@ def label_counts(bias_gradient: torch.Tensor, probabilities: torch.Tensor, batch
     Under cross-entropy with mean reduction dL/db_c = mean p_c - n_c / B. B (mean p_c - dL/db_c) is brought to the
     nearest point with no entry below 0 and the sum B, and rounded there by largest remainders: of all counts these are
     the nearest in squares. Exact where the probabilities are; an untrained or a public model's, on other data, are an
-    estimate. Source: the derivative of the loss; Wainakh et al., User-Level Label Leakage,
+    estimate. Source: the derivative of the loss; Wainakh et al., User-Level Label Leakage, PETS 2022,
     arXiv:2105.09369, for the use of estimates.
 
     Args:
@@ -426,8 +426,11 @@ def revealed_labels(weight_gradient: torch.Tensor, rank: int | None = None) -> l
             more, or F where none was given.
         RunError: a linear program was not solved.
     """
-    if weight_gradient.dim() != 2 or not weight_gradient.numel():
-        raise DataError(f"The gradient of the weights has shape {tuple(weight_gradient.shape)}.", "Expected [C, F].")
+    if weight_gradient.dim() != 2 or not weight_gradient.numel() or not weight_gradient.is_floating_point():
+        raise DataError(
+            f"The gradient of the weights has shape {tuple(weight_gradient.shape)}, {weight_gradient.dtype}.",
+            "Expected floats, [C, F].",
+        )
     _check_finite("The gradient of the weights", weight_gradient)
     wide = weight_gradient.detach().double().cpu()
     classes, features = wide.shape
