@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint docs clean
+.PHONY: run test test-sites lint docs clean
 
 run: $(VENV)/.run
 	@$(BIN)/fedllm run quickstart
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n auto --dist loadfile
+
+# Runs across sites alone: policies, logs, and real processes of NVIDIA FLARE on this machine.
+test-sites: $(VENV)/.test
+	$(BIN)/pytest -n auto --dist loadfile tests/sites tests/engine/nvflare tests/cli/test_deploy_commands.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ def _exit_codes() -> list[list[str]]:
     meanings: dict[int, list[str]] = {}
     own = [
         (0, "It worked."),
-        (1, "A check failed: `verify`, `doctor`."),
+        (1, "A check failed: `verify`, `doctor`, `join`, `deploy audit verify`."),
         (PIPE_CLOSED, "The reader of a pipe went away."),
         (CRASHED, "An unexpected exception; `--debug` shows it."),
         (INTERRUPTED, "Stopped by Ctrl-C."),

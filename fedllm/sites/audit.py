@@ -60,7 +60,8 @@ _FULL = {
     errno.EFBIG: "it may not grow any more",
 }
 _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00"
-_REFERENCE = rf"[1-9]\d{{0,18}}:{SHA256}"
+REFERENCE = rf"[1-9]\d{{0,18}}:{SHA256}"
+"""The form of an entry's reference."""
 
 
 class AuditError(RunError):
@@ -182,8 +183,36 @@ class Unmatched:
     why: str
 
 
+@dataclass(frozen=True)
+class Note:
+    """What an entry will say; see :class:`Entry` for the fields, and :meth:`AuditLog.append` for the reason."""
+
+    action: str
+    run: str | None = None
+    round: int | None = None
+    client: str | None = None
+    payload: Digest | None = None
+    decision: Literal["allowed", "refused"] | None = None
+    reason: FedLLMError | None = None
+    peer: str | None = None
+
+    def values(self) -> tuple[Any, ...]:
+        """In the order of :data:`FIELDS`; raises :class:`AuditRefused` for a reason that is no error of fedllm."""
+        digest = (None, None) if self.payload is None else (self.payload.sha256, self.payload.bytes)
+        about = self.action, self.run, self.round, self.client
+        return *about, *digest, self.decision, _text(self.reason), self.peer
+
+
 Log: TypeAlias = str | Path | Sequence[Entry]
 """A log file, or entries that were read from one."""
+
+
+def client_name(client: str) -> str:
+    """How a client's id stands in a log: itself where it is a name, else `sha256:` and its hash.
+
+    An id with spaces or signs could be a text; both ends form the same hash of it, so logs still match.
+    """
+    return client if re.fullmatch(NAME, client) else f"sha256:{hashlib.sha256(client.encode()).hexdigest()}"
 
 
 def _now() -> datetime:
@@ -267,10 +296,17 @@ class AuditLog:
             AuditFull: no room. What was there before stays whole; open the log again when there is room.
             AuditError: it cannot be written, was closed, or failed before.
         """
-        digest = (None, None) if payload is None else (payload.sha256, payload.bytes)
-        text = _text(reason)
+        note = Note(action, run, round, client, payload, decision, reason, peer)
+        return self.extend(actor, [note])[0]
+
+    def extend(self, actor: str, notes: Sequence[Note]) -> list[Entry]:
+        """Write several entries with one flush of the disk; all of them are on disk when this returns, or none.
+
+        Raises: as :meth:`append`.
+        """
+        values = [(actor, *note.values()) for note in notes]
         with self._thread:
-            return self._add(self._writable(), False, actor, action, run, round, client, *digest, decision, text, peer)
+            return self._add(self._writable(), False, values)
 
     def close(self) -> None:
         """Let another writer open the log."""
@@ -299,16 +335,20 @@ class AuditLog:
             )
         return self._file
 
-    def _add(self, file: int, torn: bool, *values: Any) -> Entry:
+    def _add(self, file: int, torn: bool, rows: Sequence[tuple[Any, ...]]) -> list[Entry]:
         time = self._clock().astimezone(UTC).isoformat(timespec="microseconds")
-        body: dict[str, Any] = dict(zip(FIELDS, (self._entries + 1, time, *values, self._hash), strict=False))
-        wrong = _wrong(body)
-        if wrong is not None:
-            raise AuditRefused(*wrong)
-        entry = Entry(**body, hash=sha256(body))
-        self._write(file, canonical(entry.__dict__) + b"\n", torn)
-        self._entries, self._hash = entry.seq, entry.hash
-        return entry
+        entries: list[Entry] = []
+        number, before = self._entries, self._hash
+        for values in rows:
+            body: dict[str, Any] = dict(zip(FIELDS, (number + 1, time, *values, before), strict=False))
+            wrong = _wrong(body)
+            if wrong is not None:
+                raise AuditRefused(*wrong)
+            entries.append(Entry(**body, hash=sha256(body)))
+            number, before = entries[-1].seq, entries[-1].hash
+        self._write(file, b"".join(canonical(entry.__dict__) + b"\n" for entry in entries), torn)
+        self._entries, self._hash = number, before
+        return entries
 
     def _write(self, file: int, line: bytes, torn: bool) -> None:
         """Put `line` behind the last entry, over what is left of a torn one: a crash leaves a torn line again."""
@@ -339,9 +379,7 @@ class AuditLog:
                     raise _damaged(self.path, bad) from None
                 cut = Digest.of(bad.torn)
                 reason = AuditError(f"The last line had no end: {cut.bytes} bytes were cut off.")
-                self._add(
-                    file, True, "audit", "recovered", None, None, None, cut.sha256, cut.bytes, None, _text(reason), None
-                )
+                self._add(file, True, [("audit", *Note("recovered", payload=cut, reason=reason).values())])
 
 
 def read(log: str | Path) -> list[Entry]:
@@ -370,7 +408,7 @@ def verify(log: str | Path, anchor: str | None = None) -> Verdict:
         AuditError: there is no such log.
         AuditRefused: the anchor is not a reference.
     """
-    if anchor is not None and not re.fullmatch(_REFERENCE, anchor):
+    if anchor is not None and not re.fullmatch(REFERENCE, anchor):
         raise AuditRefused(f"'{anchor}' is not a reference.", "A reference is seq:hash, as AuditLog.last gives it.")
     seq, held = (0, "") if anchor is None else (int(anchor.split(":")[0]), anchor.split(":")[1])
     count = 0
@@ -527,7 +565,7 @@ _FORMS: dict[str, tuple[str, bool]] = {
     "run": (NAME, True),
     "client": (NAME, True),
     "sha256": (SHA256, True),
-    "peer": (_REFERENCE, True),
+    "peer": (REFERENCE, True),
     "prev": (SHA256, False),
 }
 """Field -> (its form, whether it may be None)."""

@@ -65,10 +65,10 @@ class BaseModelFacts(BaseModel):
 
     name: Label
     """Its name; a path of the coordinator's machine has no meaning elsewhere."""
-    fingerprint: str = Field(pattern="^[0-9a-f]{16,64}$")
-    """Of its weights; each site compares it with its own copy."""
-    licence: Label
-    """Its licence, as an SPDX id where there is one."""
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16,64}$")] | None
+    """Of its weights; each site compares it with its own copy. Null: the coordinator does not hold the model."""
+    licence: Label | None
+    """Its licence, as an SPDX id where there is one; null: not known."""
 
 
 class Manifest(BaseModel):
@@ -116,7 +116,7 @@ class Manifest(BaseModel):
         coordinator: str,
         purpose: str,
         data_sets: Sequence[str],
-        model: Mapping[str, str] | BaseModelFacts,
+        model: Mapping[str, str | None] | BaseModelFacts,
         members: Sequence[str],
         quorum: int,
         created: datetime | None = None,
@@ -162,6 +162,10 @@ class Manifest(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """As it is signed."""
         return self.model_dump(mode="json")
+
+    def what(self) -> bytes:
+        """What is run, in canonical JSON: all but when it was written. A run that goes on has the same."""
+        return canonical({name: value for name, value in self.to_json().items() if name != "created"})
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:

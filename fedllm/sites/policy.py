@@ -27,6 +27,9 @@ from fedllm.sites.manifest import Manifest
 
 HEADER = "header"
 """The part of every message that is no tensor: weight, metrics, numbers, texts and names."""
+ANY = "*"
+"""Stands for every name in the rules of :data:`OPEN`; in others it is a name like any other, which nobody has."""
+OPEN = ("methods", "ops", "parts")
 DAY = 24 * 60
 """Minutes of a day."""
 _WINDOW = re.compile(r"(\d\d):(\d\d)-(\d\d):(\d\d)")
@@ -157,7 +160,7 @@ class Policy(_Rules):
     coordinators: tuple[str, ...] = ()
     """Who may start a run: the names in their certificates."""
     methods: tuple[str, ...] = ()
-    """Methods and protocols."""
+    """Methods and protocols; `*`: all."""
     purposes: tuple[str, ...] = ()
     """What a run may be for."""
     data_sets: tuple[str, ...] = ()
@@ -169,10 +172,10 @@ class Policy(_Rules):
     hours: Literal["always"] | tuple[str, ...] = ()
     """When this site works: windows such as 18:00-06:00 (UTC, without the last minute), or `always`."""
     ops: tuple[str, ...] = ()
-    """Client-side functions that are answered: work, evaluate, ..."""
+    """Client-side functions that are answered: work, evaluate, ...; `*`: all of a method that is allowed."""
     parts: tuple[str, ...] = ()
-    """Parts of an upload that may leave, as they are named on the wire. `header` is what is not a tensor: weight,
-    metrics, numbers and texts; every upload has one."""
+    """Parts of an upload that may leave, as they are named on the wire; `*`: all. `header` is what is not a tensor:
+    weight, metrics, numbers and texts; every upload has one."""
     max_egress_run: int = Field(0, ge=0)
     """Bytes that may leave in a run."""
     max_egress_round: int = Field(0, ge=0)
@@ -193,7 +196,7 @@ class Policy(_Rules):
 
     @model_validator(mode="after")
     def _can_answer(self) -> Policy:
-        if self.parts and HEADER not in self.parts:
+        if self.parts and HEADER not in self.parts and ANY not in self.parts:
             raise ConfigError(
                 f"policy.parts={', '.join(self.parts)} lacks '{HEADER}', so that no upload could leave.",
                 "Every upload has one: its weight, metrics, numbers and texts.",
@@ -396,7 +399,7 @@ def _mode(name: str, value: Any, rule: str, allowed: str) -> PolicyRefused:
 
 
 def _listed(kind: str, word: str, rule: str, choices: tuple[str, ...]) -> Iterator[PolicyRefused]:
-    if word not in choices:
+    if word not in choices and not (rule in OPEN and ANY in choices):
         yield PolicyRefused(
             f"The {kind} '{word}' is not allowed at this site.",
             f"policy.{rule}: {', '.join(choices) or 'none'}.",

@@ -13,15 +13,16 @@ from fedllm.cli.main import app, debug_first
 from tests.cli.lines import ENVIRONMENT, MAIN, invoke, ok, outside
 
 COMMANDS = (
-    "attack chat compare data doctor explain export methods new-method profit recipes report resume run verify "
-    "data build, data stats, data stream"
+    "attack chat compare data deploy doctor explain export join methods new-method profit recipes report resume run "
+    "verify data build, data stats, data stream, deploy add-site, deploy audit, deploy fetch, deploy log, deploy "
+    "provision, deploy resume, deploy revoke, deploy run, deploy start, deploy status, deploy stop"
 )
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy", "pandas", "sklearn", "yaml", "fedllm.core")
 
 
 def test_the_commands_are_these():
     group = typer.main.get_command(app)
-    inner = [f"data {name}" for name in sorted(group.commands["data"].commands)]
+    inner = [f"{one} {name}" for one in ("data", "deploy") for name in sorted(group.commands[one].commands)]
     assert f"{' '.join(sorted(group.commands))} {', '.join(inner)}" == COMMANDS
 
 

@@ -4,6 +4,8 @@ Requests are read in lots; those of one site travel as one letter, a body that s
 letters of a lot are under way together. Replies are given on in the order of the requests, so that sums are formed in
 the same order as by the local engine, and the same bits come out.
 
+The pseudo-client `server`, which trains on the public rows, is asked where the server is.
+
 Orders about private stores (keep, roll back, close a conversation) are numbered and travel with the next letter to the
 site, again and again until it says that they were carried out.
 """
@@ -12,18 +14,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
-from fedllm.core.errors import RunError
-from fedllm.core.roster import Group
+from fedllm.core.errors import ConfigError, RunError
+from fedllm.core.roster import SERVER, Group
 from fedllm.core.server import Reply, Request
+from fedllm.engine import durable
+from fedllm.engine.local import LocalEngine
 from fedllm.engine.nvflare.parts import Letter
+from fedllm.engine.nvflare.record import ClientLost, Record, told
+from fedllm.engine.private import PrivateStore
+from fedllm.sites.audit import Digest
 
 LOT = 1024
 """The most requests that are under way together."""
@@ -68,16 +78,54 @@ class Sites:
         post: carries letters.
         home: client -> its site.
         lost: site -> why it is not asked any more.
+        record: the server's audit log; None: nothing is written down.
+        anchor: the file in which a checkpoint keeps the last entry of that log.
+        quorum: sites without which the run ends.
+        mark: the last checkpoint, as the sites are told of it.
+        greeted: whether they know of the run.
     """
 
     post: Post
     home: Mapping[str, str]
     lost: dict[str, str] = field(default_factory=dict)
+    record: Record | None = None
+    anchor: Path | None = None
+    quorum: int = 1
+    mark: dict[str, Any] | None = None
+    greeted: bool = False
 
     @property
     def names(self) -> list[str]:
         """All sites, sorted."""
         return sorted(set(self.home.values()))
+
+    def enough(self) -> None:
+        """Raise :class:`RunError` where fewer sites are left than the run needs."""
+        left = len(self.names) - len(self.lost)
+        if left < self.quorum:
+            raise RunError(
+                f"{left} of {len(self.names)} sites are left, and the run needs {self.quorum}.",
+                f"Lost: {', '.join(sorted(self.lost))}.",
+                action="Start them again and submit the run again: it goes on from its last checkpoint.",
+            )
+
+    def note(self, action: str, **facts: Any) -> str | None:
+        """Write one entry; see :meth:`fedllm.engine.nvflare.record.Record.note`."""
+        return None if self.record is None else self.record.note(action, **facts)
+
+    def notes(self, action: str, facts: Sequence[dict[str, Any]]) -> list[str | None]:
+        """Write several entries of a kind at once."""
+        if self.record is None:
+            return [None] * len(facts)
+        return [*self.record.notes([self.record.made(action, **one) for one in facts])]
+
+    def checkpoint(self, round: int) -> None:
+        """A checkpoint was written; its place in the log is kept beside it and told to the sites."""
+        entry = self.note("checkpoint", round=round)
+        if entry is not None:
+            self.mark = {"round": round, "audit": entry}
+            if self.anchor is not None:
+                durable.write(self.anchor, json.dumps({"last": entry, "round": round}).encode())
 
     def ask(self, letters: Mapping[str, Letter], misses: int = MISSES) -> dict[str, Letter | str]:
         """Send a letter to each site and wait for all answers; a reason stands where there is none.
@@ -139,13 +187,17 @@ class FlareEngine:
         leg: the method that is asked for: federated, local, base.
         group: client -> its group.
         stores: whether clients keep anything between rounds.
+        own: answers for the client `server`; None: nobody does.
     """
 
-    def __init__(self, sites: Sites, leg: str, group: Callable[[str], Group], stores: bool) -> None:
-        self.sites, self.leg, self._group = sites, leg, group
+    def __init__(
+        self, sites: Sites, leg: str, group: Callable[[str], Group], stores: bool, own: LocalEngine | None = None
+    ) -> None:
+        self.sites, self.leg, self._group, self.own = sites, leg, group, own
         self.orders = Orders(sites)
         self.stores = RemoteStores(self, stores)
         self._sessions: dict[str, str] = {}
+        self.round = 0
 
     @property
     def client_ids(self) -> Sequence[str]:
@@ -158,14 +210,33 @@ class FlareEngine:
 
     async def ask(self, requests: Iterable[Request], deadline: float | None) -> AsyncGenerator[Reply, None]:
         """See :class:`fedllm.core.server.Engine`. The deadline holds for all requests together."""
-        begun, waiting = time.monotonic(), iter(requests)
-        while lot := _lot(waiting):
+        begun = time.monotonic()
+        for here, group in itertools.groupby(requests, lambda request: request.client == SERVER):
+            answered = self._here if here else self._there
+            async with aclosing(answered(group, deadline, begun)) as replies:
+                async for reply in replies:
+                    if reply.session is not None:
+                        self._sessions[reply.session] = reply.client
+                    yield reply
+
+    def _here(self, requests: Iterator[Request], deadline: float | None, begun: float) -> AsyncGenerator[Reply, None]:
+        """Requests to the client `server`."""
+        if self.own is None:
+            raise ConfigError(f"The client '{SERVER}' is asked, and nobody answers for it here.")
+        left = None if deadline is None else max(0.0, begun + deadline - time.monotonic())
+        return self.own.ask(requests, left)
+
+    async def _there(
+        self, requests: Iterator[Request], deadline: float | None, begun: float
+    ) -> AsyncGenerator[Reply, None]:
+        """Requests to clients at sites."""
+        while lot := _lot(requests):
+            self.round = lot[-1].round
+            self.sites.enough()
             left = None if deadline is None else begun + deadline - time.monotonic()
             trip = _Trip(self, lot, deadline, left)
             try:
                 async for reply in trip.replies():
-                    if reply.session is not None:
-                        self._sessions[reply.session] = reply.client
                     yield reply
             finally:
                 trip.end()
@@ -174,17 +245,25 @@ class FlareEngine:
         """See :class:`fedllm.core.server.Engine`."""
         for session in sessions:
             client = self._sessions.pop(session, None)
-            if client is not None:
+            if client == SERVER and self.own is not None:
+                self.own.close([session])
+            elif client is not None:
                 self.orders.add(client, {"do": "close", "sessions": [session]})
 
     def drop(self, client: str) -> None:
         """See :class:`fedllm.core.server.Engine`."""
-        self.orders.add(client, {"do": "drop", "client": client})
+        if client == SERVER and self.own is not None:
+            self.own.drop(client)
+            return
+        entry = self.sites.note("reject", round=self.round, client=client)
+        self.orders.add(client, {"do": "drop", "client": client, "audit": entry})
 
     def settle(self, accepted: Sequence[str]) -> None:
         """See :class:`fedllm.core.server.Engine`."""
+        if self.own is not None:
+            self.own.settle([client for client in accepted if client == SERVER])
         for site in self.sites.names:
-            own = sorted({client for client in accepted if self.sites.home[client] == site})
+            own = sorted({client for client in accepted if self.sites.home.get(client) == site})
             self.orders.to(site, {"do": "settle", "clients": own})
 
     def forget(self, request: Request) -> None:
@@ -236,12 +315,16 @@ class RemoteStores:
         for site, answer in self._ask(lambda site: {}).items():
             if isinstance(answer, Letter):
                 self._known[site] = self._own(answer.meta["manifest"], site)
+        if self._own_store is not None:
+            self._known[SERVER] = self._own_store.manifest()
         return dict(sorted(pair for known in self._known.values() for pair in known.items()))
 
     def restore(self, manifest: dict[str, str]) -> None:
         """Go back to a checkpoint's entries; raises :class:`RunError` where a site cannot."""
         if not self.used:
             return
+        if self._own_store is not None:
+            self._own_store.restore({client: file for client, file in manifest.items() if client == SERVER})
         own = {site: self._own(manifest, site) for site in self.engine.sites.names}
         for site, answer in self._ask(lambda site: {"restore": own[site]}).items():
             if isinstance(answer, Letter):
@@ -250,10 +333,18 @@ class RemoteStores:
                 raise RunError(f"{site} cannot go back to the checkpoint: {answer}")
 
     def prune(self, keep: Sequence[dict[str, str]]) -> None:
-        """Files that no manifest names may go."""
+        """A checkpoint was written: files that no manifest names may go."""
+        self.engine.sites.checkpoint(self.engine.round)
         if self.used:
+            if self._own_store is not None:
+                self._own_store.prune([{c: file for c, file in one.items() if c == SERVER} for one in keep])
             for site in self.engine.sites.names:
                 self.engine.orders.to(site, {"do": "prune", "keep": [self._own(one, site) for one in keep]})
+
+    @property
+    def _own_store(self) -> PrivateStore | None:
+        """That of the client `server`."""
+        return None if self.engine.own is None else self.engine.own.worker.private
 
     def _own(self, manifest: Mapping[str, str], site: str) -> dict[str, str]:
         home = self.engine.sites.home
@@ -261,7 +352,7 @@ class RemoteStores:
 
     def _ask(self, more: Callable[[str], dict[str, Any]]) -> dict[str, Letter | str]:
         engine = self.engine
-        facts = {"op": "stores", "leg": engine.leg}
+        facts = {"op": "stores", "leg": engine.leg, "checkpoint": engine.sites.mark}
         letters = {s: Letter({**facts, "orders": engine.orders.of(s), **more(s)}) for s in engine.sites.names}
         answers = engine.sites.ask(letters)
         for site, answer in answers.items():
@@ -286,6 +377,7 @@ class _Trip:
         self.takers: dict[str, Callable[[], None]] = {}
         self.replied: dict[str, Reply] = {}
         self.given: set[str] = set()
+        self._digests: dict[bytes, Digest] = {}
 
     async def replies(self) -> AsyncGenerator[Reply, None]:
         """One reply for every request."""
@@ -316,7 +408,9 @@ class _Trip:
             self._fail(site, _late(self.deadline), undo=True)
             return
         orders = self.engine.orders.of(site)
-        letter = _letter(self.engine.leg, asked, orders, left)
+        about = [{**_of(request), "payload": self._digest(request.body)} for request in asked]
+        entries = self.engine.sites.notes("send", about)
+        letter = _letter(self.engine.leg, asked, orders, left, entries, self.engine.sites.mark)
 
         def done(answer: Letter | str) -> None:
             if not loop.is_closed():
@@ -360,6 +454,7 @@ class _Trip:
             self._fail(site, str(answer.meta.get("reason", "the site's answer is no list of replies")), undo=True)
             return
         asked = {request.id: request for request in self.by_site[site]}
+        found: dict[str, tuple[Reply, dict[str, Any]]] = {}
         try:
             for facts in answer.meta["replies"]:
                 request = asked[facts["id"]]
@@ -368,26 +463,45 @@ class _Trip:
                 error, session = (None if facts[n] is None else str(facts[n]) for n in ("error", "session"))
                 if error is not None and error.startswith(LATE):
                     error = _late(self.deadline)  # a site knows only what is left of it
-                self.replied[request.id] = Reply(request.id, request.client, body, error, cost, session)
-            self.engine.orders.done(site, answer.meta["applied"])
+                found[request.id] = Reply(request.id, request.client, body, error, cost, session), facts
+            applied = answer.meta["applied"]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as fault:
             self._fail(site, f"the site's answer cannot be read ({type(fault).__name__})", undo=True)
             return
-        for request in asked.values():
-            if request.id not in self.replied:
-                self._one(request, "the site did not answer for it", undo=True)
-            elif self.replied[request.id].body is None:
-                self.engine.forget(request)  # it may have been answered after the site stopped waiting
+        self._write_down([(asked[name], *pair) for name, pair in found.items()])
+        self.engine.orders.done(site, applied)
+        for name, (reply, _) in found.items():
+            self.replied[name] = reply
+            if reply.body is None:
+                self.engine.forget(asked[name])  # it may have been answered after the site stopped waiting
+        self._fail(site, "the site did not answer for it", undo=True)
+
+    def _write_down(self, found: Sequence[tuple[Request, Reply, dict[str, Any]]]) -> None:
+        """What arrived, before anything is made of it."""
+        came = [(request, reply.body, facts) for request, reply, facts in found if reply.body is not None]
+        about = [{**_of(r), "payload": self._digest(body), "peer": facts.get("audit")} for r, body, facts in came]
+        self.engine.sites.notes("receive", about)
+        gone = [
+            {**_of(request), "reason": told(facts.get("refused"), str(reply.error))}
+            for request, reply, facts in found
+            if reply.body is None
+        ]
+        self.engine.sites.notes("lost", gone)
+
+    def _digest(self, body: bytes) -> Digest:
+        """Of a body; that which many clients receive is hashed once."""
+        if body not in self._digests:
+            self._digests[body] = Digest.of(body)
+        return self._digests[body]
 
     def _fail(self, site: str, reason: str, undo: bool) -> None:
-        for request in self.by_site[site]:
-            if request.id not in self.replied:
-                self._one(request, reason, undo)
-
-    def _one(self, request: Request, reason: str, undo: bool) -> None:
-        self.replied[request.id] = Reply(request.id, request.client, None, reason)
-        if undo:
-            self.engine.forget(request)
+        """No answer for the requests of a site that have none yet."""
+        left = [request for request in self.by_site[site] if request.id not in self.replied]
+        self.engine.sites.notes("lost", [{**_of(request), "reason": ClientLost(reason)} for request in left])
+        for request in left:
+            self.replied[request.id] = Reply(request.id, request.client, None, reason)
+            if undo:
+                self.engine.forget(request)
 
 
 def _lot(waiting: Iterator[Request]) -> list[Request]:
@@ -406,17 +520,29 @@ def _lot(waiting: Iterator[Request]) -> list[Request]:
     return found
 
 
-def _letter(leg: str, asked: Sequence[Request], orders: Sequence[dict[str, Any]], left: float | None) -> Letter:
+def _letter(
+    leg: str,
+    asked: Sequence[Request],
+    orders: Sequence[dict[str, Any]],
+    left: float | None,
+    entries: Sequence[str | None],
+    mark: dict[str, Any] | None,
+) -> Letter:
     """The requests of one site; a body that several clients receive is in it once."""
     blobs: list[bytes] = []
     places: dict[bytes, int] = {}
     facts: list[dict[str, Any]] = []
-    for request in asked:
+    for request, entry in zip(asked, entries, strict=True):
         if request.body not in places:
             places[request.body] = len(blobs)
             blobs.append(request.body)
-        facts.append({**_named(request), "body": places[request.body]})
-    return Letter({"op": "ask", "leg": leg, "requests": facts, "orders": orders, "deadline": left}, blobs)
+        facts.append({**_named(request), "body": places[request.body], "audit": entry})
+    about = {"op": "ask", "leg": leg, "orders": orders, "deadline": left, "checkpoint": mark}
+    return Letter({**about, "requests": facts}, blobs)
+
+
+def _of(request: Request) -> dict[str, Any]:
+    return {"round": request.round, "client": request.client}
 
 
 def _named(request: Request) -> dict[str, Any]:

@@ -38,10 +38,10 @@ class SiteFacts(BaseModel):
     """Methods that a job may ask for; null: any."""
     trust_remote_code: bool = False
     """Whether a job may run Python code that comes with a model."""
-    upload_bytes: int | None = Field(None, ge=1)
-    """The largest upload of one client; a larger one stays here and is answered with an error."""
+    policy: str | None = None
+    """The site's policy, a YAML file (see :class:`fedllm.sites.policy.Policy`); null: nothing is allowed."""
     folder: str = "fedllm"
-    """Where private stores and replies lie."""
+    """Where private stores, replies, manifests and the audit log (`audit.jsonl`) lie."""
 
 
 class ServerFacts(BaseModel):
@@ -50,7 +50,8 @@ class ServerFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     runs: str = "fedllm/runs"
-    """Folder in which a run's folder lies, named by its id; it outlives FLARE's job folders."""
+    """Folder in which a run's folder lies, named by its id; it outlives FLARE's job folders. The audit log
+    (`audit.jsonl`) lies in the folder above it."""
     device: str = "auto"
     """Where the server's model runs."""
     models: dict[str, str] | None = None

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedllm.engine.nvflare.trust import Signed
+
 CONTROLLER = "fedllm.engine.nvflare.server.FedllmController"
 EXECUTOR = "fedllm.engine.nvflare.site.FedllmExecutor"
 ALLOWED = (CONTROLLER, EXECUTOR)
@@ -22,13 +24,13 @@ CHECK = 1.0
 """Seconds between two questions of a busy site whether its answer is still wanted."""
 
 
-def pack(run: str, recipe: dict[str, Any], sites: Sequence[str]) -> str:
+def pack(run: str, recipe: dict[str, Any], sites: Sequence[str], signed: Signed) -> str:
     """A run as one text without a brace."""
-    facts = {"run": run, "recipe": recipe, "sites": sorted(sites)}
+    facts = {"run": run, "recipe": recipe, "sites": sorted(sites), "signed": signed.to_json()}
     return base64.b64encode(json.dumps(facts).encode()).decode()
 
 
-def write(folder: Path, run: str, recipe: dict[str, Any], sites: Sequence[str]) -> Path:
+def write(folder: Path, run: str, recipe: dict[str, Any], sites: Sequence[str], signed: Signed) -> Path:
     """Write a job's folder.
 
     Args:
@@ -36,6 +38,7 @@ def write(folder: Path, run: str, recipe: dict[str, Any], sites: Sequence[str]) 
         run: the run's id; a job with the id of a run that was interrupted goes on with it.
         recipe: the resolved recipe.
         sites: who takes part; all of them have to be there when the job starts.
+        signed: the run's manifest.
     """
     meta = {
         "name": run,
@@ -45,7 +48,7 @@ def write(folder: Path, run: str, recipe: dict[str, Any], sites: Sequence[str]) 
         "deploy_map": {"app": ["server", *sorted(sites)]},
     }
     empty: dict[str, Any] = {"format_version": 2, "task_data_filters": [], "task_result_filters": [], "components": []}
-    workflow = {"id": "fedllm", "path": CONTROLLER, "args": {"config": pack(run, recipe, sites)}}
+    workflow = {"id": "fedllm", "path": CONTROLLER, "args": {"config": pack(run, recipe, sites, signed)}}
     server = {**empty, "server": {"task_request_interval": POLL}, "workflows": [workflow]}
     executor = {"tasks": [TASK], "executor": {"path": EXECUTOR, "args": {}}}
     client = {**empty, "task_check_interval": CHECK, "executors": [executor]}

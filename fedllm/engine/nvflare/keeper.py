@@ -1,5 +1,7 @@
 """Keeper - starts a site's worker process, feeds it, notices its death, and answers for it meanwhile.
 
+Every letter passes the site's gate first (see :mod:`fedllm.engine.nvflare.gate`), and every upload last.
+
 It runs inside FLARE's client process and imports no torch. A worker that dies of memory is an error reply of the
 clients it was busy with, and is started again with the next request. Replies stay on disk until the round is settled,
 so that a request that comes twice is never computed twice.
@@ -21,8 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import DecodeError
+from fedllm.core.errors import DecodeError, FedLLMError
 from fedllm.engine import durable
+from fedllm.engine.nvflare.facts import SiteFacts
+from fedllm.engine.nvflare.gate import Gate, no
 from fedllm.engine.nvflare.parts import META_LIMIT, NAME, Letter
 from fedllm.engine.nvflare.pipe import Closed, Pipe
 
@@ -203,10 +207,11 @@ class Keeper:
 
     Args:
         kit: the site's folder.
-        folder: where replies and the worker's log lie.
+        facts: the site's own file.
     """
 
-    def __init__(self, kit: Path, folder: Path) -> None:
+    def __init__(self, kit: Path, facts: SiteFacts) -> None:
+        self.gate, folder = Gate(kit, facts), kit / facts.folder
         self.process, self.replies = Process(kit, folder / "worker.log"), Replies(folder / "replies")
         self._hello: Letter | None = None
         self._begin: Letter | None = None
@@ -219,26 +224,47 @@ class Keeper:
             if not NAME.fullmatch(str(letter.meta.get(name, "x"))):
                 return _error(f"the server names a {name} '{letter.meta[name]}'")
         try:
-            if letter.op == "ask":
-                return self._ask(letter, stopped, begun)
-            if letter.op == "hello":
-                self.replies.clear()
-                self._hello, self._begin, self._settled = letter, None, {}
-                if not self.process.alive:
-                    self.process.start()
-            elif not self.process.alive:
-                self._again(stopped)
-            if letter.op == "begin":
-                self._begin = letter
-            answer = self.process.say(letter, _nobody, stopped, None)
+            return self._handle(letter, stopped, begun)
         except Died as fault:
             return _error(str(fault))
-        return answer or _error("the server does not wait any more")
+        except FedLLMError as fault:  # of the gate: a rule, a manifest, or a log that cannot be written
+            return Letter({**_error(str(fault)).meta, "refused": True, "audit": self.gate.record.last})
+
+    def _handle(self, letter: Letter, stopped: Stopped, begun: float) -> Letter:
+        entry: str | None = None
+        match letter.op:
+            case "ask":
+                self.gate.leg(letter.meta)
+                return self._ask(letter, stopped, begun)
+            case "hello":
+                self._hello = self._begin = None
+                entry = self.gate.admit(letter.meta)
+                self.replies.clear()
+                self._hello, self._settled = letter, {}
+                if not self.process.alive:
+                    self.process.start()
+            case "begin":
+                self.gate.begin(letter.meta)
+            case "end":
+                return Letter({"op": "ended", "audit": self.gate.end(letter.meta)})
+            case _:
+                self.gate.leg(letter.meta)
+        if not self.process.alive:
+            self._again(stopped)
+        if letter.op == "begin":
+            self._begin = letter
+        answer = self.process.say(letter, _nobody, stopped, None)
+        if answer is None:
+            return _error("the server does not wait any more")
+        if answer.op == "ready":
+            entry = self.gate.begun(letter.meta, answer.meta["fingerprint"])
+        return Letter({**answer.meta, "audit": entry}, answer.blobs)
 
     def end(self) -> None:
         """The job is over: its worker ends, and the uploads kept for it go."""
         self.process.stop()
         self.replies.clear()
+        self.gate.close()
 
     def _again(self, stopped: Stopped) -> None:
         """Start a worker that goes on where the last one ended."""
@@ -259,16 +285,23 @@ class Keeper:
         if settled > self._settled.get(leg, 0):
             self.replies.clear(leg)
             self._settled[leg] = settled
-        known = {r["id"]: found for r in asked if (found := self.replies.get(leg, r["id"])) is not None}
+        known = self.gate.requests(letter)
+        for r in asked:
+            if r["id"] not in known and (found := self.replies.get(leg, r["id"])) is not None:
+                known[r["id"]] = found
         new = [request for request in asked if request["id"] not in known]
+        by_id, stays = {request["id"]: request for request in new}, list[dict[str, Any]]()
         deadline = letter.meta["deadline"]
         until = None if deadline is None else begun + deadline - min(MARGIN, deadline / 10)
         reason, applied = f"no answer within {deadline} s", None
 
         def told(reply: Letter) -> None:
-            if reply.meta["body"] is not None:  # what failed may be tried again
-                self.replies.put(leg, reply)
-            known[reply.meta["id"]] = reply
+            name, leaves = reply.meta["id"], self.gate.upload(by_id[reply.meta["id"]], reply)
+            if leaves.meta["body"] is not None:  # what failed may be tried again
+                self.replies.put(leg, leaves)
+            elif reply.meta["body"] is not None:
+                stays.append({key: reply.meta[key] for key in ("id", "client", "session")})
+            known[name] = leaves
 
         try:
             if new or letter.meta["orders"]:
@@ -279,9 +312,12 @@ class Keeper:
                     reason = last.meta["reason"]
                 elif last is not None:
                     applied = last.meta["applied"]
+            if stays and self.process.alive:
+                self.process.say(Letter({"op": "undo", "leg": leg, "replies": stays}), _nobody, stopped, None)
         except Died as fault:
             reason = str(fault)
-        return _replies([known.get(r["id"]) or _lost(r, reason) for r in asked], applied)
+        self.gate.lost([r for r in asked if r["id"] not in known], reason)
+        return _replies([known.get(r["id"]) or no(r, reason) for r in asked], applied)
 
 
 def _nobody(letter: Letter) -> None:
@@ -290,11 +326,6 @@ def _nobody(letter: Letter) -> None:
 
 def _error(reason: str) -> Letter:
     return Letter({"op": "error", "reason": reason})
-
-
-def _lost(request: dict[str, Any], reason: str) -> Letter:
-    names = {name: request[name] for name in ("id", "client")}
-    return Letter({"op": "reply", **names, "error": reason, "session": None, "cost": {}, "body": None})
 
 
 def _replies(found: Sequence[Letter], applied: int | None) -> Letter:

@@ -8,23 +8,35 @@ submitted again goes on from the last checkpoint.
 from __future__ import annotations
 
 import json
+import queue
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import ConfigError, ModeConflict, RunError
-from fedllm.core.roster import ALL
+from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RunError
+from fedllm.core.roster import ALL, SERVER
 from fedllm.engine.folder import RunFolder
+from fedllm.engine.local import LocalEngine
 from fedllm.engine.nvflare import ground as grounds
 from fedllm.engine.nvflare.engine import MISSES, FlareEngine, Post, Sites
 from fedllm.engine.nvflare.facts import ServerFacts, own_model
+from fedllm.engine.nvflare.gate import not_another
 from fedllm.engine.nvflare.parts import NAME, Letter
+from fedllm.engine.nvflare.record import FILE, Record, SiteRefused, told
+from fedllm.engine.nvflare.trust import MANIFEST, Signed, checked, owner
+from fedllm.sites.audit import AuditDamaged, Digest, verify
+from fedllm.sites.manifest import Manifest, ManifestError
 
 SITES = "sites.json"
 """In a run's folder: what the sites told when the run began."""
 ARRIVALS = 60
 """So many times in a row a site may be silent before its first answer: its process is only just being started."""
+ANCHOR = "audit.json"
+"""In a run's folder: the last entry of the server's audit log when the last checkpoint was written."""
+LEAVE = 10.0
+"""Seconds given to the sites to hear that the run is over."""
 CENTRAL = "central"
 """What a run is compared with at home and cannot be across sites: all data in one place."""
 
@@ -37,11 +49,13 @@ class Job:
         run: the run's id: names its folder.
         recipe: the resolved recipe.
         sites: the sites that take part.
+        signed: its manifest, as :meth:`fedllm.engine.nvflare.trust.Signed.to_json` gives it.
     """
 
     run: str
     recipe: dict[str, Any]
     sites: Sequence[str]
+    signed: Mapping[str, str] | None = None
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Job:
@@ -51,7 +65,7 @@ class Job:
             raise ConfigError(f"'{run}' is no id of a run.", "Allowed: letters, digits, '.', '_' and '-'.")
         if not isinstance(recipe, dict) or not isinstance(sites, list) or not sites:
             raise ConfigError("A job's configuration has no recipe or no sites.")
-        return cls(run, recipe, [str(site) for site in sites])
+        return cls(run, recipe, [str(site) for site in sites], facts.get("signed"))
 
 
 def play(job: Job, post: Post, facts: ServerFacts, kit: Path, watch: Callable[[Any], Any] | None = None) -> Any:
@@ -64,29 +78,100 @@ def play(job: Job, post: Post, facts: ServerFacts, kit: Path, watch: Callable[[A
         kit: the server's folder.
         watch: given the class :class:`fedllm.run.Watch`, makes what is told of progress.
     """
+    sites = Sites(post, {site: site for site in job.sites})  # before anybody said who the clients are
+    with Record((kit / facts.runs).parent / FILE, owner(kit)) as record:
+        record.run, sites.record, sites.anchor = job.run, record, kit / facts.runs / job.run / ANCHOR
+        try:
+            result = _play(job, sites, facts, kit, watch)
+        except Exception as fault:
+            reason = fault if isinstance(fault, FedLLMError) else RunError(f"{type(fault).__name__} at the server.")
+            _end(sites, reason)
+            raise
+        _end(sites, None)
+        return result
+
+
+def _play(job: Job, sites: Sites, facts: ServerFacts, kit: Path, watch: Callable[[Any], Any] | None) -> Any:
     run = grounds.play()
+    manifest, entry = _checked(sites, job, kit)
     recipe = run.load_recipe({**job.recipe, "model": _model(job.recipe, facts)})
     asked, recipe = recipe, _across(recipe)
     possible(recipe)
     run.method_of(recipe)
     place = kit / facts.runs / job.run
-    sites = Sites(post, {site: site for site in job.sites})  # before anybody said who the clients are
     public = _public(run, facts, recipe)
-    told, notes = _hello(sites, job, grounds.public_mark(public))
-    joined = _as_before(place, grounds.joined(told, grounds.public_mark(public)))
-    sites = Sites(post, joined["home"])
+    facts_of, notes = _hello(sites, job, entry)
+    joined = _as_before(place, grounds.joined(facts_of, grounds.public_mark(public)))
+    sites.home, sites.quorum = joined["home"], manifest.quorum
     ground = run.prepare(recipe, grounds.federation(run, joined, None, public), grounds.Near(None))
     ground.warnings += [*notes, *_left_out(asked, recipe)]
-    _begin(sites, joined, ground.learner.loaded.fingerprint)
+    _begin(sites, joined, ground.learner.loaded.fingerprint, entry)
+    sites.note("resume" if (place / ANCHOR).is_file() else "start", payload=Digest.of(manifest.what()))
+    folder = _folder(run, place, recipe, ground, joined)
+    folder.write_text(MANIFEST, Signed.of(job.signed).manifest.decode())
     coded = run.codec_of(recipe) is not None
+
+    def own(leg: str, method: Any) -> LocalEngine:
+        worker = ground.worker(method, folder.private(leg), False, ground.guard if leg == run.FEDERATED else None)
+        return LocalEngine(worker, [SERVER], ground.width)
 
     def remote(leg: str, method: Any) -> Any:
         guard = ground.guard.private if leg == run.FEDERATED else ()
-        engine = FlareEngine(sites, leg, lambda c: ground.roster.get(c, ALL), bool(method.private or guard or coded))
+        kept = bool(method.private or guard or coded)
+        engine = FlareEngine(sites, leg, lambda c: ground.roster.get(c, ALL), kept, own(leg, method))
         return engine, engine.stores
 
     ground.remote = remote
-    return run.play(ground, _folder(run, place, recipe, ground, joined), watch(run.Watch) if watch else run.Watch())
+    return run.play(ground, folder, watch(run.Watch) if watch else run.Watch())
+
+
+def _checked(sites: Sites, job: Job, kit: Path) -> tuple[Manifest, str | None]:
+    """The run's manifest and the entry that says that it is right.
+
+    Raises:
+        ManifestError: it is not.
+        AuditDamaged: the server's log is not the one that the run's last checkpoint knew.
+    """
+    record = sites.record
+    entries = record.entries() if record is not None else []
+    try:
+        if record is not None and sites.anchor is not None and sites.anchor.is_file():
+            verdict = verify(record.path, json.loads(sites.anchor.read_text(encoding="utf-8"))["last"])
+            if not verdict.intact:
+                raise AuditDamaged(
+                    f"The audit log is not the one that the last checkpoint of '{job.run}' knew: {verdict.why}.",
+                    action="Find out who changed it; the run can be submitted under another id.",
+                )
+        manifest = checked(Signed.of(job.signed), kit, job.run, job.recipe)
+        if sorted(job.sites) != sorted(manifest.members):
+            raise ManifestError("The sites of the job are not the members in its manifest.")
+        not_another(manifest, entries)
+    except FedLLMError as fault:
+        sites.note("manifest", decision="refused", reason=fault)
+        raise
+    return manifest, sites.note("manifest", payload=Digest.of(manifest.what()), decision="allowed")
+
+
+def _end(sites: Sites, reason: FedLLMError | None) -> None:
+    """The run is over: the sites are told, and who has heard it in time is written down."""
+    entry = sites.note("end", reason=reason)
+    heard: queue.Queue[tuple[str, Letter | str]] = queue.Queue()
+    there = [site for site in sites.names if site not in sites.lost]
+    if not sites.greeted or sites.post.over() is not None:
+        there = []
+    letter = Letter({"op": "end", "audit": entry})
+    takers = {s: sites.post.send(s, letter, lambda answer, s=s: heard.put((s, answer))) for s in there}
+    until = time.monotonic() + LEAVE
+    while takers and (left := until - time.monotonic()) > 0:
+        try:
+            site, answer = heard.get(timeout=left)
+        except queue.Empty:
+            break
+        takers.pop(site, None)
+        if isinstance(answer, Letter):
+            sites.note("leave", peer=answer.meta.get("audit"), actor=site)
+    for take_back in takers.values():
+        take_back()
 
 
 def _model(recipe: Mapping[str, Any], facts: ServerFacts) -> dict[str, Any]:
@@ -100,7 +185,14 @@ def _across(recipe: Any) -> Any:
 
 
 def possible(recipe: Any) -> None:
-    """Raise :class:`ModeConflict` for a mode in which server and clients share what nothing brings across."""
+    """Raise :class:`ModeConflict` for what cannot be across sites: rows of all in one place, or a secret of all."""
+    if dict(recipe.method).get("name") == CENTRAL:
+        raise ModeConflict(
+            "The method central trains on the rows of all clients in one place.",
+            "Across sites rows stay where they are.",
+            "fedavg",
+            "Choose a federated method.",
+        )
     if recipe.encrypted is not None:
         raise ModeConflict(
             "The section 'encrypted' is given, and its clients share one secret key.",
@@ -133,10 +225,12 @@ def _public(run: Any, facts: ServerFacts, recipe: Any) -> Sequence[Mapping[str, 
     return found.rows(found.client_ids[0])
 
 
-def _hello(sites: Sites, job: Job, mine: str | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _hello(sites: Sites, job: Job, entry: str | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What every site tells; raises :class:`RunError` where one does not answer or runs another version."""
     versions = grounds.versions()
-    letter = Letter({"op": "hello", "run": job.run, "recipe": job.recipe, "versions": versions})
+    facts = {"run": job.run, "recipe": job.recipe, "signed": job.signed, "audit": entry}
+    letter = Letter({"op": "hello", **facts, "versions": versions})
+    sites.greeted = True
     answers = _all(sites, {site: letter for site in job.sites}, ARRIVALS)
     notes = []
     for site, answer in answers.items():
@@ -146,15 +240,17 @@ def _hello(sites: Sites, job: Job, mine: str | None) -> tuple[dict[str, dict[str
     return {site: answer.meta for site, answer in answers.items()}, notes
 
 
-def _begin(sites: Sites, joined: Mapping[str, Any], fingerprint: str | None) -> None:
+def _begin(sites: Sites, joined: Mapping[str, Any], fingerprint: str | None, entry: str | None) -> None:
     """Every site prepares the ground for all clients."""
-    letter = Letter({"op": "begin", "facts": dict(joined), "fingerprint": fingerprint})
+    letter = Letter({"op": "begin", "facts": dict(joined), "fingerprint": fingerprint, "audit": entry})
     _all(sites, {site: letter for site in sites.names})
 
 
 def _all(sites: Sites, letters: Mapping[str, Letter], misses: int = MISSES) -> dict[str, Letter]:
     """The answers of all sites; raises :class:`RunError` naming every site that did not give one."""
     answers = sites.ask(letters, misses)
+    for site, answer in sorted(answers.items()):
+        _joined(sites, site, answer)
     wrong = {
         site: answer if isinstance(answer, str) else str(answer.meta.get("reason"))
         for site, answer in sorted(answers.items())
@@ -167,6 +263,19 @@ def _all(sites: Sites, letters: Mapping[str, Letter], misses: int = MISSES) -> d
             action="Mend the cause at the site and submit the run again, or submit it without the site.",
         )
     return {site: answer for site, answer in answers.items() if isinstance(answer, Letter)}
+
+
+def _joined(sites: Sites, site: str, answer: Letter | str) -> None:
+    """Write down that a site takes part, or why not."""
+    if isinstance(answer, str):
+        sites.note("lost", reason=SiteRefused(answer), actor=site)
+        return
+    peer = answer.meta.get("audit")
+    if answer.op == "hello":
+        sites.note("join", decision="allowed", peer=peer, actor=site)
+    elif answer.op == "error":
+        reason = told(answer.meta.get("refused"), str(answer.meta.get("reason")))
+        sites.note("join", decision="refused", reason=reason, peer=peer, actor=site)
 
 
 def _as_before(place: Path, joined: dict[str, Any]) -> dict[str, Any]:

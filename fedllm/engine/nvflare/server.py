@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import threading
@@ -20,6 +21,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.decomposers import numpy_decomposers
+from nvflare.widgets.info_collector import InfoCollector
 
 from fedllm.core.errors import ConfigError, DecodeError, FedLLMError
 from fedllm.engine.nvflare.engine import Done
@@ -36,9 +38,15 @@ RESULTS = (
     "environment.json",
     "partition.json",
     "sites.json",
+    "manifest.json",
+    "audit.json",
     "adapter",
 )
 """What of a run's folder is also put into FLARE's, from where the one who submitted the job can fetch it."""
+TOLD = ("model", "round", "used", "loss", "lost", "rejected", "failed", "bytes_up", "bytes_down", "seconds")
+"""What of a round is told to a coordinator who asks while the run is under way."""
+TOLD_ROUNDS = 500
+"""Rounds that are told at most, the newest."""
 FETCHED = "fedllm"
 """The folder of it there."""
 DEADLINE = 30 * 24 * 3600
@@ -58,6 +66,14 @@ class FedllmController(Controller):
         super().__init__()
         numpy_decomposers.register()
         self.config = config
+        self._folder: Path | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Tell the rounds that are over to a coordinator who asks; see :class:`nvflare.apis.fl_component.FLComponent`."""
+        super().handle_event(event_type, fl_ctx)
+        if event_type == InfoCollector.EVENT_TYPE_GET_STATS and self._folder is not None:
+            collector: Any = fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR)
+            collector.add_info("fedllm", {"rounds": _rounds(self._folder)})
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """See :class:`nvflare.apis.impl.controller.Controller`."""
@@ -73,7 +89,7 @@ class FedllmController(Controller):
         try:
             facts: ServerFacts = read_facts(ServerFacts, kit)
             job = Job.of(unpack(self.config))
-            folder = kit / facts.runs / job.run
+            folder = self._folder = kit / facts.runs / job.run
             play(job, FlarePost(self, fl_ctx, abort_signal), facts, kit, lambda kind: self._watch(kind, fl_ctx))
         except Exception as fault:
             if not isinstance(fault, FedLLMError):
@@ -180,6 +196,18 @@ def unpack(config: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"The configuration of the job is a {type(found).__name__}.", "Allowed: a mapping.")
     return found
+
+
+def _rounds(folder: Path) -> list[dict[str, Any]]:
+    """The last rounds in a run's folder; a line that is being written is left out."""
+    file = folder / "metrics.jsonl"
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            one = json.loads(line)
+            if one.get("event") == "round":
+                found.append({name: one.get(name) for name in TOLD})
+    return found[-TOLD_ROUNDS:]
 
 
 def _copy(folder: Path, results: Path) -> None:

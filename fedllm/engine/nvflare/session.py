@@ -18,6 +18,7 @@ import psutil
 
 from fedllm.core.errors import ConfigError, MissingExtra, RunError
 from fedllm.engine.nvflare import job as jobs
+from fedllm.engine.nvflare import trust
 
 ENDED = "FINISHED"
 """How the status of a job that is over begins."""
@@ -101,16 +102,21 @@ def session(admin: str, kit: Path, patience: float = PATIENCE) -> Generator[Sess
                 ) from fault
             time.sleep(1.0)
     try:
-        yield Session(inner)
+        yield Session(inner, kit)
     finally:
         inner.close()  # without this the process hangs for ever
 
 
 class Session:
-    """What an administrator can do."""
+    """What an administrator can do.
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    Args:
+        inner: FLARE's session.
+        kit: the administrator's folder.
+    """
+
+    def __init__(self, inner: Any, kit: Path) -> None:
+        self.inner, self.kit = inner, kit
 
     def sites(self) -> list[str]:
         """The sites that are connected now."""
@@ -124,18 +130,43 @@ class Session:
                 raise RunError(f"Not connected: {', '.join(missing)}.", action="Start them, or leave them out.")
             time.sleep(0.5)
 
-    def submit(self, run: str, recipe: dict[str, Any], sites: Sequence[str]) -> str:
-        """Submit a run (or one that was interrupted again) and return FLARE's id of the job.
+    def submit(
+        self,
+        run: str,
+        recipe: dict[str, Any],
+        sites: Sequence[str],
+        *,
+        purpose: str = "research",
+        data_sets: Sequence[str] = (),
+        quorum: int | None = None,
+        kit: Path | None = None,
+    ) -> str:
+        """Sign a run's manifest and submit it (or one that was interrupted again); gives FLARE's id of the job.
 
         Jobs of the same run that FLARE still holds for running (it does for ever where its server died) are ended
         first: two jobs must not write one run's folder.
+
+        Args:
+            run: the run's id.
+            recipe: the resolved recipe.
+            sites: who takes part.
+            purpose: what the run is for; every site's policy lists the purposes it allows.
+            data_sets: names of the data sets at the sites, which their policies list; none: `default`.
+            quorum: sites without which a round does not count; None: 1.
+            kit: whose key signs; None: the administrator's own.
+
+        Raises:
+            ManifestError: a value that cannot stand in a manifest.
+            ConfigError: a kit without a certificate or a key.
         """
+        words: dict[str, Any] = {"purpose": purpose, "data_sets": data_sets, "quorum": quorum}
+        signed = trust.signed(kit or self.kit, run, recipe, sites, **words)
         for stale in self.inner.list_jobs():
             if stale.get("job_name") == run and not str(stale.get("status", "")).startswith(ENDED):
                 with contextlib.suppress(Exception):  # it may not exist any more outside of FLARE's store
                     self.inner.abort_job(str(stale["job_id"]))
         with tempfile.TemporaryDirectory(prefix="fedllm-job-") as folder:
-            return str(self.inner.submit_job(str(jobs.write(Path(folder) / run, run, recipe, sites))))
+            return str(self.inner.submit_job(str(jobs.write(Path(folder) / run, run, recipe, sites, signed))))
 
     def status(self, job: str) -> str:
         """FLARE's status of a job: SUBMITTED, DISPATCHED, RUNNING, FINISHED:..."""

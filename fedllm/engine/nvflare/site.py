@@ -61,7 +61,7 @@ class FedllmExecutor(Executor):
             engine: Any = fl_ctx.get_engine()
             kit = Path(engine.get_workspace().get_root_dir()).resolve()
             facts: SiteFacts = read_facts(SiteFacts, kit)
-            self._keeper = Keeper(kit, kit / facts.folder)
+            self._keeper = Keeper(kit, facts)
         return self._keeper
 
 

@@ -23,15 +23,14 @@ from typing import Any
 from fedllm.core.errors import ConfigError, FedLLMError, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.server import Reply, Request
+from fedllm.core.wire import size_by_part
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.engine.nvflare import ground as grounds
 from fedllm.engine.nvflare.facts import SiteFacts, permitted, read_facts
+from fedllm.engine.nvflare.gate import BASE, FEDERATED
 from fedllm.engine.nvflare.parts import Letter
 from fedllm.engine.nvflare.pipe import Closed, Pipe
 from fedllm.engine.nvflare.stores import JOURNAL, JournaledStore
-
-FEDERATED, BASE = "federated", "base"
-"""The leg of the recipe's own method, and that which measures the base model."""
 
 Tell = Callable[[Letter], None]
 
@@ -104,6 +103,8 @@ class Site:
                     return self._ask(letter, tell, stopped)
                 case "stores":
                     return self._stores(letter.meta)
+                case "undo":
+                    return self._undo(letter.meta)
                 case other:
                     raise ConfigError(f"The server says '{other}'.", action="Install the same version on every side.")
         except Exception as fault:
@@ -165,13 +166,7 @@ class Site:
         return Letter({"op": "done", "applied": leg.store.applied})
 
     def _checked(self, leg: Leg, reply: Reply) -> Letter:
-        """The reply as a letter, once what its turn stored is safe; too large a one stays here."""
-        most = self.facts.upload_bytes
-        if reply.body is not None and most is not None and len(reply.body) > most:
-            leg.engine.close([reply.session or reply.id])
-            leg.engine.drop(reply.client)
-            reason = f"its upload has {len(reply.body)} bytes, and its site allows {most}"
-            reply = Reply(reply.id, reply.client, None, reason, reply.cost)
+        """The reply as a letter, once what its turn stored is safe."""
         if reply.body is not None and reply.session is None:
             leg.last[reply.client] = reply.id
         leg.store.keep()
@@ -184,6 +179,14 @@ class Site:
             leg.store.go_back(meta["restore"])
         leg.obey(meta["orders"])
         return Letter({"op": "stores", "manifest": leg.store.manifest(), "applied": leg.store.applied})
+
+    def _undo(self, meta: dict[str, Any]) -> Letter:
+        """Uploads that do not leave this site: their conversations are closed and their turns undone."""
+        leg = self._leg(meta["leg"])
+        for one in meta["replies"]:
+            leg.forget(one["id"], one["client"], one["session"])
+        leg.store.keep()
+        return Letter({"op": "undone"})
 
     def _leg(self, name: str) -> Leg:
         if self.ground is None:
@@ -211,13 +214,15 @@ async def _answers(
 
 
 def _request(facts: dict[str, Any], blobs: Sequence[bytes]) -> Request:
-    return Request(**{**facts, "body": blobs[facts["body"]]})
+    named = {name: value for name, value in facts.items() if name != "audit"}
+    return Request(**{**named, "body": blobs[facts["body"]]})
 
 
 def _reply(reply: Reply) -> Letter:
     facts = {"op": "reply", "id": reply.id, "client": reply.client, "error": reply.error, "session": reply.session}
-    body = () if reply.body is None else (reply.body,)
-    return Letter({**facts, "cost": dict(reply.cost), "body": None if reply.body is None else 0}, body)
+    if reply.body is None:
+        return Letter({**facts, "cost": dict(reply.cost), "body": None})
+    return Letter({**facts, "cost": dict(reply.cost), "body": 0, "parts": size_by_part(reply.body)}, (reply.body,))
 
 
 def serve(pipe: Pipe, site: Site) -> None:

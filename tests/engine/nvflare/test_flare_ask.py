@@ -27,9 +27,8 @@ from fedllm.core.roster import ALL
 from fedllm.core.server import Request
 from fedllm.core.wire import encode
 from fedllm.engine.nvflare.engine import FlareEngine, Sites
-from fedllm.engine.nvflare.facts import ServerFacts
 from fedllm.engine.nvflare.parts import Letter
-from fedllm.engine.nvflare.program import Job, play
+from fedllm.sites.manifest import ManifestError
 
 pytestmark = pytest.mark.slow
 SCAFFOLD: dict[str, Any] = {"method": "scaffold", "cohort": 3, "rounds": 4}
@@ -50,7 +49,7 @@ def sites(place: Path) -> Iterator[rig.Loopback]:
 
 @pytest.fixture
 def post(sites: rig.Loopback) -> rig.Loopback:
-    sites.before, sites.ended = lambda site, letter: None, None
+    sites.before, sites.ended, sites.endless = lambda site, letter: None, None, False
     sites.away.clear()
     sites.mute.clear()
     sites.asked.clear()
@@ -63,8 +62,7 @@ def home(place: Path) -> Any:
 
 
 def across(post: rig.Loopback, place: Path, run: str, watch: Any = None, **changes: Any) -> Any:
-    job = Job(run, rig.recipe(**changes), sorted(post.keepers))
-    return play(job, post, ServerFacts(device="cpu"), place / "server", watch)
+    return post.play(run, rig.recipe(**changes), watch)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -151,7 +149,7 @@ def test_a_server_that_dies_goes_on_to_the_same_bits(post: rig.Loopback, place: 
     assert same(home.state, away.state)
     begun = min(r["round"] for _, letter in post.asked if letter.op == "ask" for r in letter.meta["requests"])
     assert begun == 1 and len([1 for _, letter in post.asked if letter.op == "hello"]) == 6
-    with pytest.raises(RunError, match="another recipe"):
+    with pytest.raises(ManifestError, match="another manifest"):
         across(post, place, "again", **{**SCAFFOLD, "rounds": 5}, evaluation={"every": 2, "against": []})
 
 
@@ -169,6 +167,7 @@ def test_what_does_not_fit_is_refused_before_training(post: rig.Loopback, place:
 
 def engine(post: rig.Loopback, place: Path) -> FlareEngine:
     """An engine over sites that have just played a round."""
+    post.endless = True
     across(post, place, f"e{time.monotonic_ns()}", rounds=1)
     home = {client: site for site, clients in rig.HOMES.items() for client in clients}
     found = FlareEngine(Sites(post, home), "federated", lambda client: ALL, False)

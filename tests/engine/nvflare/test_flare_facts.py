@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RunError
-from fedllm.engine.nvflare import ground, job, program
+from fedllm.engine.nvflare import ground, job, program, trust
 from fedllm.engine.nvflare.facts import ServerFacts, SiteFacts, loaded_name, permitted, read_facts
 from fedllm.engine.nvflare.stores import JournaledStore
 from fedllm.recipe import load_recipe
@@ -106,7 +106,7 @@ def test_a_federation_without_rows() -> None:
 
 def test_the_job_has_no_braces_to_evaluate(tmp_path: Path) -> None:
     recipe = {"name": "{rounds}", "method": {"name": "fedavg"}}
-    folder = job.write(tmp_path / "j", "run-1", recipe, ["b", "a"])
+    folder = job.write(tmp_path / "j", "run-1", recipe, ["b", "a"], trust.Signed(b"{m}", b"c"))
     assert sorted(str(f.relative_to(folder)) for f in folder.rglob("*.json")) == [
         "app/config/config_fed_client.json", "app/config/config_fed_server.json", "meta.json"
     ]  # fmt: skip
@@ -114,7 +114,8 @@ def test_the_job_has_no_braces_to_evaluate(tmp_path: Path) -> None:
     config = server["workflows"][0]["args"]["config"]
     assert "{" not in config and server["server"]["task_request_interval"] == job.POLL
     found = program.Job.of(json.loads(base64.b64decode(config)))
-    assert found == program.Job("run-1", recipe, ["a", "b"])
+    assert found == program.Job("run-1", recipe, ["a", "b"], {"manifest": "e219", "certificate": "Yw=="})
+    assert trust.Signed.of(found.signed) == trust.Signed(b"{m}", b"c")
     assert json.loads((folder / "meta.json").read_text())["mandatory_clients"] == ["a", "b"]
     for wrong in ({"run": "../x"}, {"run": ""}, {"run": "a/b"}, {}, {"run": "x", "recipe": {}, "sites": []}):
         with pytest.raises(ConfigError):

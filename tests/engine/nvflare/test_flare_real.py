@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import flare_rig as rig
 
 from fedllm.engine.nvflare import job as jobs
-from fedllm.engine.nvflare import kits, parts, session
+from fedllm.engine.nvflare import kits, parts, record, session
+from fedllm.sites import audit
 
 pytestmark = pytest.mark.slow
 SERVER, ADMIN = "localhost", "admin@hub.org"
@@ -135,6 +136,24 @@ def test_worker_killed_then_the_run_goes_on(net: Net) -> None:
     assert all("signal 9" in entry["reason"] for entry in lost)
     result = json.loads((found / "result.json").read_text())
     assert result["finished"] and result["bytes"]["up"] > 3 * 3 * parts.INLINE / 2, "two uploads of a site are streamed"
+
+
+def test_the_logs_of_all_runs_are_whole_and_match(net: Net) -> None:
+    """Only what was under way when the server was killed stands at one end alone."""
+    logs = {name: net.kits[name] / "fedllm" / record.FILE for name in (SERVER, *rig.HOMES)}
+    assert all(audit.verify(log).intact for log in logs.values())
+    entries = {name: audit.read(log) for name, log in logs.items()}
+    for name in logs:
+        done = [entry.action for entry in entries[name] if entry.run == "run-2"]
+        assert {"manifest", "start", "send", "receive", "checkpoint", "lost", "end"} <= set(done) or name != SERVER
+        assert {"policy", "manifest", "join", "start", "send", "receive", "end"} <= set(done) or name == SERVER
+        again = [entry.action for entry in entries[name] if entry.run == "run-1"]
+        assert again.count("start") == again.count("resume") == again.count("end") == 1
+    server = entries.pop(SERVER)
+    found = audit.matched(server, entries)
+    assert {one.entry.run for one in found} <= {"run-1"} and len(found) <= 2 * len(rig.CLIENTS)
+    back = next(entry.time for entry in server if entry.action == "resume")
+    assert all(one.entry.time < back for one in found)
 
 
 def test_who_may_not_submit(net: Net) -> None:
