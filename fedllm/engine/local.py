@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Protocol as Interface
 import numpy
 import torch
 
-from fedllm.core.errors import ConfigError, FedLLMError
+from fedllm.core.errors import ConfigError, DataError, FedLLMError
 from fedllm.core.guard import Guard
 from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method
@@ -71,7 +72,10 @@ class LocalWorker:
 
     Attributes:
         width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
+        discreet: errors that may quote data are told by their kind alone, and printed here.
     """
+
+    discreet = False
 
     def __init__(
         self,
@@ -109,7 +113,7 @@ class LocalWorker:
             except Exception as fault:  # before its private entry was opened: there is nothing to drop
                 if self.debug:
                     raise
-                yield Reply(request.id, request.client, None, _reason(fault))
+                yield Reply(request.id, request.client, None, self._reason(fault))
         for turn, outcome in drive(turns, self.learner, self.width.clients):
             yield self._reply(turn, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
 
@@ -142,7 +146,7 @@ class LocalWorker:
                 raise
             turn.coroutine.close()
             self.private.drop(turn.client)
-            return Reply(turn.id, turn.client, None, _reason(fault), cost)
+            return Reply(turn.id, turn.client, None, self._reason(fault), cost)
         if not waits:
             self.private.rest(turn.client)
             return Reply(turn.id, turn.client, body, None, cost)
@@ -150,6 +154,13 @@ class LocalWorker:
         turn.session, turn.cost = session, {name: 0.0 for name in turn.cost}
         self._sessions[session] = turn
         return Reply(turn.id, turn.client, body, None, cost, session)
+
+    def _reason(self, fault: BaseException) -> str:
+        """What the server is told of a client's failure."""
+        if self.discreet and (isinstance(fault, DataError) or not isinstance(fault, FedLLMError)):
+            traceback.print_exception(fault)
+            return f"{type(fault).__name__} at the client; its text stays there, because it may quote data"
+        return str(fault) if isinstance(fault, FedLLMError) else f"{type(fault).__name__}: {fault}"
 
     def _coded(self, turn: Turn, upload: Upload) -> Upload:
         """The upload as the coder sends it; what the code lost stays in the client's private store."""
@@ -274,10 +285,6 @@ def _upload(outcome: Any) -> Upload:
     if not isinstance(outcome, Upload):
         raise ConfigError(f"A client-side function returned a {type(outcome).__name__}.", "Expected: an Upload.")
     return outcome
-
-
-def _reason(fault: BaseException) -> str:
-    return str(fault) if isinstance(fault, FedLLMError) else f"{type(fault).__name__}: {fault}"
 
 
 class LocalEngine:

@@ -69,7 +69,7 @@ class FedllmController(Controller):
         self._folder: Path | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Tell the rounds that are over to a coordinator who asks; see :class:`nvflare.apis.fl_component.FLComponent`."""
+        """Tell the rounds that are over to a coordinator who asks; the rest is FLARE's."""
         super().handle_event(event_type, fl_ctx)
         if event_type == InfoCollector.EVENT_TYPE_GET_STATS and self._folder is not None:
             collector: Any = fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import ConfigError, FedLLMError, RunError
+from fedllm.core.errors import ConfigError, DataError, FedLLMError, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.server import Reply, Request
 from fedllm.core.wire import size_by_part
@@ -108,9 +108,10 @@ class Site:
                 case other:
                     raise ConfigError(f"The server says '{other}'.", action="Install the same version on every side.")
         except Exception as fault:
-            if not isinstance(fault, FedLLMError):
-                traceback.print_exc()  # to the worker's log at the site: a traceback may hold data
-            reason = str(fault) if isinstance(fault, FedLLMError) else f"{type(fault).__name__} in the worker"
+            quotes = isinstance(fault, DataError) or not isinstance(fault, FedLLMError)
+            if quotes:
+                traceback.print_exc()  # to the worker's log at the site: it may hold data
+            reason = f"{type(fault).__name__} in the worker; its log at the site says more" if quotes else str(fault)
             return Letter({"op": "error", "reason": reason})
 
     def _hello(self, meta: dict[str, Any]) -> Letter:
@@ -196,6 +197,7 @@ class Site:
             method = run.method_of(self.recipe, None if name == FEDERATED else "fedavg" if name == BASE else name)
             guard = ground.guard if name == FEDERATED else Guard()
             worker: LocalWorker = ground.worker(method, None, False, guard)
+            worker.discreet = True
             folder = self.kit / self.facts.folder / self.name / name
             store = JournaledStore(worker.private.declared, folder, self.again)
             worker.private = store
