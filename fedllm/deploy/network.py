@@ -24,6 +24,7 @@ from fedllm.core.errors import ConfigError
 from fedllm.core.settings import read, unknown
 from fedllm.engine import durable
 from fedllm.engine.nvflare import kits
+from fedllm.sites.policy import UniqueKeys
 
 KITS = "kits"
 """Folder of the kits."""
@@ -240,24 +241,9 @@ def _is_address(text: str) -> bool:
     return bool(user and at and "." in host) and set(user + host) <= allowed and user[0].isalnum() and len(text) < 65
 
 
-class _Unique(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML readers take the last, and a site would be gone unseen."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See :class:`yaml.SafeLoader`."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"'{key.value}' stands twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _yaml(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Unique)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except OSError as fault:
         raise ConfigError(
             f"{path} cannot be read: {fault.strerror or fault}.", action="Name the file that says who takes part."

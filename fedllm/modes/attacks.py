@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fedllm.blocks import malice
 from fedllm.core.card import Card
-from fedllm.core.registry import register, registered
+from fedllm.core.registry import registered
 from fedllm.core.seeds import numpy_stream
 from fedllm.evaluate.backdoor import Trigger, attack, poison
+from fedllm.modes.registered import Registered
 
 Row = Mapping[str, Any]
 
@@ -46,27 +47,15 @@ class Honest:
     rng: torch.Generator
 
 
-class Attack(BaseModel):
+class Attack(Registered, abstract=True):
     """An attack and its options; by default it changes nothing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    key: ClassVar[str] = ""
-    card: ClassVar[Card]
+    family = "attack"
 
     share: float = Field(0.2, ge=0, le=1)
     """Share of the clients that attack."""
     since: int = Field(1, ge=1)
     """First round in which uploads are changed; rows are poisoned from the beginning."""
-
-    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if not abstract:
-            register("attack", cls)
 
     def attackers(self, clients: Sequence[str], seed: int) -> frozenset[str]:
         """Who attacks: round(share * clients) of them, the same in every round."""

@@ -9,16 +9,17 @@ clients may do themselves is in :mod:`fedllm.modes.shields`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fedllm.blocks import anomaly, robust
 from fedllm.blocks.robust import Verdict
 from fedllm.core.card import Card
-from fedllm.core.registry import register, registered
+from fedllm.core.registry import registered
 from fedllm.core.tensors import Tensors
+from fedllm.modes.registered import Registered
 
 CATALOGUE = ("2.2 Security and Robustness",)
 
@@ -48,22 +49,10 @@ class Uploads:
     rng: torch.Generator
 
 
-class Defence(BaseModel):
+class Defence(Registered, abstract=True):
     """A defence and its options: a :class:`Rule` at the server, or a shield at the client."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    key: ClassVar[str] = ""
-    card: ClassVar[Card]
-
-    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if not abstract:
-            register("defence", cls)
+    family = "defence"
 
 
 class Rule(Defence, abstract=True):

@@ -18,15 +18,16 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fedllm.blocks import attributes, decepticons, film, inversion
 from fedllm.core.card import Card
 from fedllm.core.errors import ConfigError
-from fedllm.core.registry import register, registered
+from fedllm.core.registry import registered
 from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example
 from fedllm.evaluate.recovered import bag_scores, rouge_2, rouge_l
+from fedllm.modes.registered import Registered
 
 Row = Mapping[str, Any]
 CELLS = ("2.2 Attacks",)
@@ -144,13 +145,10 @@ class Sight:
         return {n: t * self.seen[n].to(t.device) if n in self.seen else t for n, t in found.items()}
 
 
-class Observer(BaseModel):
+class Observer(Registered, abstract=True):
     """An observer and its options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    key: ClassVar[str] = ""
-    card: ClassVar[Card]
+    family = "observer"
     kinds: ClassVar[tuple[str, ...]] = ()
     """Kinds of tasks it works on; empty for any."""
 
@@ -160,15 +158,6 @@ class Observer(BaseModel):
     """Clients that are observed; the scores are their mean."""
     round: int = Field(1, ge=1)
     """The round that is observed."""
-
-    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if not abstract:
-            register("observer", cls)
 
     def planted(self, rows: Sequence[Row], rng: numpy.random.Generator) -> tuple[list[Row], torch.Tensor | None]:
         """A client's rows with what the observer looks for in them, and that; most plant nothing."""

@@ -488,7 +488,7 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-class _Unique(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping, where YAML readers take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -503,7 +503,7 @@ class _Unique(yaml.SafeLoader):
 
 def _file(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Unique)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except OSError as fault:
         raise ConfigError(
             f"The policy {path} cannot be read: {fault.strerror or fault}.", action="Name the site's policy file."

@@ -114,10 +114,6 @@ class Glass:
         """Rows as the client prepares them."""
         return self.learner.prepare(rows)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Tokens as text."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
     def starts(self, tokens: Sequence[int]) -> list[int]:
         """Those tokens that may begin a sentence: a capital letter after a space, or at the beginning."""
         found = []
