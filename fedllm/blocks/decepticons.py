@@ -433,8 +433,10 @@ def read(gradient: Mapping[str, torch.Tensor], key: Key, layout: Layout, *, batc
     Args:
         gradient: by name; a mean or a sum, also over clients. Names that are missing were not trained: without any FFN
             nothing is found. What is not finite is dropped.
-        key, layout: from :func:`corrupt` and :func:`layout_of`.
-        batch, length: sentences (of all clients) and tokens per sentence.
+        key: from :func:`corrupt`.
+        layout: from :func:`layout_of`.
+        batch: sentences of all clients.
+        length: tokens per sentence.
 
     Raises:
         ConfigError: `batch` or `length` out of range.

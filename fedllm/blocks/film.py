@@ -538,8 +538,23 @@ def recover(
     are those of the batch: an output sentence uses them up (ours; the paper only penalises). Source: section 4.
 
     Args:
-        language, bag, starts, ends, counts, prefix, beams, groups, diversity, length, no_repeat: see :func:`beam`.
-        rng, alpha, phrases, swaps, tries, patience: see :func:`reorder`.
+        language: as for :func:`beam`.
+        bag: as for :func:`beam`.
+        starts: as for :func:`beam`.
+        ends: as for :func:`beam`.
+        counts: as for :func:`beam`.
+        prefix: as for :func:`beam`.
+        beams: as for :func:`beam`.
+        groups: as for :func:`beam`.
+        diversity: as for :func:`beam`.
+        length: as for :func:`beam`.
+        no_repeat: as for :func:`beam`.
+        rng: as for :func:`reorder`.
+        alpha: as for :func:`reorder`.
+        phrases: as for :func:`reorder`.
+        swaps: as for :func:`reorder`.
+        tries: as for :func:`reorder`.
+        patience: as for :func:`reorder`.
         sentences: how many to output.
         gram: the size of the n-grams that are penalised once output.
         penalty: what each costs, in nats.
