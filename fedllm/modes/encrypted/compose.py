@@ -8,13 +8,16 @@ from typing import Any
 from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.guard import Guard
 from fedllm.modes.encrypted.guard import EncryptedSum
+from fedllm.modes.encrypted.joint import ThresholdSum
+from fedllm.modes.encrypted.parties import MINIMUM
 from fedllm.modes.encrypted.settings import EncryptedSettings
+from fedllm.modes.encrypted.sums import HiddenSum
 from fedllm.modes.means import check_weights
 
 
 def encrypted(
     settings: EncryptedSettings, method: Any, inner: Guard, sizes: Mapping[str, int], plain: bool, seed: int
-) -> EncryptedSum:
+) -> HiddenSum:
     """The guard of a recipe's section `encrypted`.
 
     Args:
@@ -27,7 +30,9 @@ def encrypted(
 
     Raises:
         ModeConflict: with another mode or this method, with the reason.
-        ConfigError: weights beyond the settings, or noise on nothing.
+        ConfigError: weights beyond the settings, noise on nothing, or threshold keys of one client; or OpenFHE, which
+            these need, is installed and cannot be used.
+        MissingExtra: what encrypts is not installed.
     """
     if type(inner) is not Guard or not plain:
         raise ModeConflict(
@@ -41,4 +46,12 @@ def encrypted(
             action="Remove the noise, or encrypt less.",
         )
     check_weights("encrypted", method, sizes, settings.max_weight)
-    return EncryptedSum(settings, method, seed)
+    if settings.keys == "shared":
+        return EncryptedSum(settings, method, seed)
+    if len(sizes) < MINIMUM:
+        raise ConfigError(
+            f"encrypted.keys=threshold with {len(sizes)} client: the sum of one is its upload.",
+            f"Allowed: {MINIMUM} clients or more.",
+            action="Add clients, or leave the section 'encrypted' out.",
+        )
+    return ThresholdSum(settings, method, seed)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class EncryptedSettings(BaseModel):
-    """The server adds uploads that it cannot read (CKKS by TenSEAL); with `ratio` below 1, FedML-HE."""
+    """The server adds uploads that it cannot read (CKKS); with `ratio` below 1, FedML-HE."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    keys: Literal["shared", "threshold"] = "shared"
+    """shared: one key for all clients, by TenSEAL. threshold: every round its clients make a key of which each holds a
+    share, by OpenFHE; all of them are needed to open the sum."""
     ratio: float = Field(1.0, gt=0, le=1)
     """Share of the numbers that are encrypted: those that tell most of the data, the same for all clients. The others
     travel in the open."""
