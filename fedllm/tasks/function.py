@@ -66,9 +66,10 @@ class FunctionLearner:
     def losses(self, groups: Groups) -> torch.Tensor:
         """The sum of the losses of each client, [K]."""
         bound = self._bound or {}
+        apart = {name: tensor.unbind(0) for name, tensor in bound.items()}  # one backward step for all, not one each
         return torch.stack(
             [
-                self.loss(_own(bound, k), [e.inputs["x"] for e in group])
+                self.loss({name: held[k].clone() for name, held in apart.items()}, [e.inputs["x"] for e in group])
                 if group
                 else next(iter(bound.values())).sum() * 0.0
                 for k, group in enumerate(groups)
