@@ -85,6 +85,9 @@ class Recipe(BaseModel):
     """Rounds of the federation."""
     cohort: int | float | Literal["all"] = "all"
     """Clients per round: a number, a share between 0 and 1, or all."""
+    spare: int = Field(0, ge=0)
+    """Clients that are asked beyond the cohort: the first answers that make up a cohort count, the others are not
+    waited for. 0: none."""
     cohort_width: int | Literal["auto"] = "auto"
     """Clients that share a pass of the model; auto chooses by the device and the length of a step."""
     deadline: float | None = Field(None, gt=0)

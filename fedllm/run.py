@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as Interface
 
-from fedllm.core.errors import ConfigError, RoundFailed
+from fedllm.core.errors import ConfigError, ModeConflict, RoundFailed
 from fedllm.core.guard import Guard
 from fedllm.core.message import Received
 from fedllm.core.meter import Meter, peak_memory
@@ -350,6 +350,8 @@ def labels_of(federation: Federation, recipe: Recipe) -> list[str] | None:
 def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: int) -> Guard:
     """What the recipe puts between uploads and its method."""
     sizes, found = {client: federation.size(client) for client in federation.client_ids}, Guard()
+    if recipe.spare:
+        _sparing(recipe, method)
     if recipe.privacy is not None:
         from fedllm.modes.privacy.guard import guard_of as private
 
@@ -367,6 +369,26 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
 
         found = robust_guard(recipe.attack, recipe.defence, found, method, list(sizes), recipe.rounds, recipe.seed)
     return found
+
+
+def _sparing(recipe: Recipe, method: Algorithm) -> None:
+    """Raise :class:`ModeConflict` where the clients of a round cannot be those that are fastest."""
+    why = {
+        "privacy": "Its account rests on who is drawn, and not on who is fast.",
+        "secure": "All clients that began a sum are needed to end it.",
+        "encrypted": "All clients that began a sum are needed to end it.",
+        "attack": "Attackers see who else is in the round.",
+    }
+    given = next((name for name in why if getattr(recipe, name)), None)
+    if given is not None:
+        what = f"spare={recipe.spare} is given with the section '{given}'."
+        raise ModeConflict(what, why[given], action=f"Set spare=0, or leave out '{given}'.")
+    if isinstance(method, Protocol):
+        raise ModeConflict(
+            f"spare={recipe.spare} is given, and {method.key} is a protocol.",
+            "It asks whom it needs; a cohort of the fastest is for methods.",
+            action="Set spare=0.",
+        )
 
 
 def codec_of(recipe: Recipe) -> Codec | None:
@@ -519,7 +541,8 @@ class Leg:
 
     async def _round(self, trackers: Sequence[Any]) -> None:
         recipe, begun = self.ground.recipe, time.perf_counter()
-        self.state, record = await play_round(self.method, self.state, self.server, self.cohort, recipe.deadline)
+        how = self.cohort, recipe.deadline, recipe.spare if self.name == FEDERATED else 0
+        self.state, record = await play_round(self.method, self.state, self.server, *how)
         every, last = recipe.evaluation.every if self.name == FEDERATED else 0, self.state.round == recipe.rounds
         values, self.counts = None, {}
         if last or (every and self.state.round % every == 0):

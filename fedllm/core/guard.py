@@ -8,6 +8,7 @@ by its recipe; :class:`Guard` changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy
@@ -53,12 +54,17 @@ class Guard:
         deadline: float | None,
     ) -> str | None:
         """Ask the cohort for `work` and add what comes to `reduction`; why the round has failed, or None."""
-        async for answer in server.ask(method.work, payloads, deadline):
-            try:
-                name = f"{answer.client}@{server.turn}" if server.turn else answer.client
-                reduction.add(name, answer.upload)
-            except UploadRejected as fault:
-                server.reject(answer.client, str(fault))
+        used = 0
+        async with aclosing(server.ask(method.work, payloads, deadline)) as answers:
+            async for answer in answers:
+                try:
+                    name = f"{answer.client}@{server.turn}" if server.turn else answer.client
+                    reduction.add(name, answer.upload)
+                    used += 1
+                except UploadRejected as fault:
+                    server.reject(answer.client, str(fault))
+                if used == server.enough:
+                    break
         return None
 
     # -- at a client --------------------------------------------------------------------------------------------------
@@ -87,6 +93,19 @@ class Guard:
     async def work(self, function: Callable[..., Any], algorithm: object, client: Any, received: Received) -> Upload:
         """Run a client half's `work`, alone or as a part of a longer conversation with the server."""
         return await function(algorithm, client, received)
+
+    # -- between a site and the server --------------------------------------------------------------------------------
+
+    keep: Callable[[Json], None] | None = None
+    """At a site: writes :meth:`to_json` to disk before a client does what spends of its privacy. None: the run's own
+    checkpoints keep it."""
+
+    def spent(self, client: str) -> Json:
+        """At a site: what was spent of a client's privacy, for the server; None where nothing was."""
+        return None
+
+    def heard(self, client: str, facts: Json) -> None:
+        """At the server: take what :meth:`spent` gave at a client's site; raises ValueError for anything else."""
 
     # -- what is told and kept ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ never knows which engine runs it, and no client can share a tensor with the serv
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -129,6 +129,7 @@ class Server:
         expected: what the method expects of each part in this round.
         learner: the server's own model, for protocols in which it holds a part; None where it has none.
         guard: what stands between uploads and the method.
+        enough: so many usable uploads make up a round, and no more are waited for; None: all that come.
     """
 
     engine: Engine
@@ -140,6 +141,7 @@ class Server:
     rejected: list[dict[str, str]] = field(default_factory=list)
     keep: Callable[[State], None] = lambda state: None
     turn: int = 0
+    enough: int | None = None
     learner: object = None
     opened: Callable[[Upload, Mapping[str, Tensors]], Upload] | None = None
     expected: Mapping[str, Tensors] = field(default_factory=dict)
@@ -172,7 +174,7 @@ class Server:
         payloads: Mapping[str, Received] | Iterable[tuple[str, Received]],
         deadline: float | None = None,
         enough: int | None = None,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Run `function` at clients; yields accepted answers as they come.
 
         Args:
@@ -196,7 +198,7 @@ class Server:
 
     async def reply(
         self, payloads: Mapping[str, Received], deadline: float | None = None, enough: int | None = None
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Answer clients that wait in a session: session -> what they receive; yields what they say next.
 
         A session that fails, is late or whose upload is refused is over: the client is in `lost` or `rejected`.

@@ -7,19 +7,18 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from fedllm.core.errors import FedLLMError, nearest
 from fedllm.core.settings import read
 from fedllm.deploy.kit import Kit
+from fedllm.deploy.term import minute
 from fedllm.engine.nvflare.ground import versions
 
 LEAST, LITTLE = 200_000_000, 5_000_000_000
 """Bytes of free disk below which nothing works, and below which it is said."""
-SOON = timedelta(days=30)
-"""How long before its end a certificate is spoken of."""
 CONNECT = 5.0
 """Seconds in which the server has to answer."""
 MUST = ("coordinators", "methods", "purposes", "data_sets", "max_rounds", "max_clients", "hours", "ops", "parts")
@@ -166,18 +165,17 @@ def disk(folder: Path) -> Check:
 
 def clock(kit: Kit, now: datetime | None = None) -> Check:
     """Whether it is a time at which the kit's certificate is good."""
-    now = now or datetime.now(UTC)
     try:
-        begin, end = kit.validity()
+        found = kit.term(now)
     except FedLLMError as fault:
         return _problem("clock", fault)
-    text = f"{now:%Y-%m-%d %H:%M} UTC; the kit is good from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
-    if now < begin:
+    text = f"{minute(found.now)}; the kit is good from {found.begin:%Y-%m-%d} to {minute(found.end)}"
+    if found.state == "early":
         return Check("clock", "problem", text, "The clock of this machine is behind: set it.")
-    if now > end:
-        return Check("clock", "problem", text, "Ask for a new kit, or set the clock if it is ahead.")
-    if end - now < SOON:
-        return Check("clock", "note", text, "Ask for a new kit soon.")
+    if found.state == "over":
+        return Check("clock", "problem", text, f"{kit.renewal} Or set the clock, if it is ahead.")
+    if found.state == "soon":
+        return Check("clock", "note", f"{text}, in {found.left}", kit.renewal)
     return Check("clock", "ok", text)
 
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -25,11 +26,14 @@ from fedllm.deploy.kit import Kit
 from fedllm.engine import durable
 from fedllm.engine.nvflare import session as sessions
 from fedllm.engine.nvflare.parts import NAME
+from fedllm.engine.nvflare.standing import Standing
 
 RUNS, RESULTS = "fedllm/runs", "fedllm/results"
 """Folders in a coordinator's kit: what was submitted, and what was fetched."""
 CONNECT, PATIENCE = 5.0, 20.0
 """Seconds in which the server's port has to answer, and the server behind it."""
+AGAIN = 20.0
+"""Seconds in which the server goes on with a run that it lost, where it does."""
 TOLD = ("model", "round", "used", "loss", "lost", "rejected", "failed", "bytes_up", "bytes_down", "seconds")
 """What is shown of a round."""
 
@@ -185,6 +189,25 @@ def jobs(admin: sessions.Session) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda one: str(one["submitted"]), reverse=True)
 
 
+def newest(admin: sessions.Session, run: Record) -> str:
+    """FLARE's id of the job that plays a run, or did last: the server submits a run that it lost again by itself."""
+    return admin.newest(run.run) or run.jobs[-1]
+
+
+def goes_on(admin: sessions.Session, run: Record, job: str, patience: float = AGAIN) -> bool:
+    """Whether the server goes on by itself with a run whose job ended badly; takes a while where it does not say."""
+    with tempfile.TemporaryDirectory(prefix="fedllm-fetch-") as place, contextlib.suppress(Exception):
+        standing = Standing.read(admin.fetch(job, Path(place)))
+        if standing is not None and standing.name == "failed":
+            return False
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if newest(admin, run) != job or admin.status(job) == sessions.GOOD:
+            return True
+        time.sleep(1.0)
+    return False
+
+
 def live_rounds(admin: sessions.Session, job: str) -> list[dict[str, Any]]:
     """Rounds that are over of a job that runs, as its server tells them; none where it does not run (yet, any more)."""
     try:
@@ -228,7 +251,7 @@ def fetch(admin: sessions.Session, run: Record, into: Path) -> Path:
         )
     into.parent.mkdir(parents=True, exist_ok=True)
     with translated(), quiet(), tempfile.TemporaryDirectory(prefix=".fetch-", dir=into.parent) as place:
-        found = admin.fetch(run.jobs[-1], Path(place))
+        found = admin.fetch(newest(admin, run), Path(place))
         if into.exists():
             into.rmdir()
         shutil.move(found, into)

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedllm.core.errors import ConfigError, MissingExtra
+from fedllm.core.errors import ConfigError
+from fedllm.deploy.term import Term, minute
 from fedllm.engine import durable
 from fedllm.engine.nvflare import kits
 from fedllm.engine.nvflare.facts import NAME
@@ -21,6 +22,11 @@ AUDIT = "fedllm/audit.jsonl"
 """The audit log of a server or a site, in its kit."""
 KINDS = {"fed_server.json": "server", "fed_client.json": "site", "fed_admin.json": "coordinator"}
 """FLARE's file in the folder `startup` -> whose kit it is."""
+
+
+def is_kit(folder: Path) -> bool:
+    """Whether a folder is the kit of somebody."""
+    return any((folder / "startup" / name).is_file() for name in KINDS)
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,13 @@ class Kit:
             inside = (
                 sorted(one.name for one in folder.iterdir() if (one / "startup").is_dir()) if folder.is_dir() else []
             )
+            waits = (folder / "startup" / "client.key").is_file()
             raise ConfigError(
-                f"{path} is no kit.",
+                f"{path} holds a key and no certificate yet." if waits else f"{path} is no kit.",
                 f"Kits in it: {', '.join(inside)}." if inside else "A kit is a folder with a folder 'startup'.",
-                action="Name the folder that 'fedllm deploy provision' made for this participant.",
+                action=f"When it has come: fedllm deploy install PACKAGE --folder {path}"
+                if waits
+                else "Name the folder that 'fedllm deploy provision' made for this participant.",
             )
         if kind is not None and KINDS[found] != kind:
             raise ConfigError(f"{path} is the kit of a {KINDS[found]}.", f"Needed: that of a {kind}.")
@@ -83,29 +92,62 @@ class Kit:
         """This participant's."""
         return self.folder / "startup" / ("server.crt" if self.kind == "server" else "client.crt")
 
-    def validity(self) -> tuple[datetime, datetime]:
-        """From when to when the certificate is good, UTC.
+    @property
+    def key(self) -> Path:
+        """This participant's private key."""
+        return self.certificate.with_suffix(".key")
+
+    def term(self, now: datetime | None = None) -> Term:
+        """When the certificate is good, and how a time (None: the present) stands to that.
 
         Raises:
             ConfigError: it cannot be read.
             MissingExtra: no library for certificates.
         """
+        from fedllm.deploy import certificates
+
         try:
-            from cryptography import x509
-        except ImportError:
-            raise MissingExtra("cryptography", "nvflare", "Reading a kit's certificate") from None
-        try:
-            found = x509.load_pem_x509_certificate(self.certificate.read_bytes())
-        except (OSError, ValueError) as fault:
+            pem = self.certificate.read_bytes()
+        except OSError as fault:
             raise ConfigError(f"{self.certificate} cannot be read: {fault}.", action="Get the kit again.") from None
-        return found.not_valid_before_utc, found.not_valid_after_utc
+        return certificates.term(certificates.certificate(pem, str(self.certificate)), now)
+
+    @property
+    def renewal(self) -> str:
+        """What to do for a new certificate."""
+        request = self.folder / f"{self.name}.csr"
+        if request.is_file():  # its key was made here
+            return f"Send {request} to whoever provisioned once more, for a new certificate."
+        return f"Ask whoever provisioned for a new certificate: fedllm deploy renew {self.name}"
+
+    def in_time(self, now: datetime | None = None) -> str | None:
+        """What to say of a certificate that ends within 30 days; None where it is good for longer.
+
+        Raises:
+            ConfigError: it has ended, or is not good yet by this machine's clock.
+        """
+        found = self.term(now)
+        if found.state == "early":
+            raise ConfigError(
+                f"The certificate of {self.name} begins at {minute(found.begin)}, and here it is {minute(found.now)}.",
+                action="The clock of this machine is behind: set it.",
+            )
+        if found.state == "over":
+            raise ConfigError(
+                f"The certificate of {self.name} ended at {minute(found.end)}, and here it is {minute(found.now)}.",
+                "If that is not the time, set the clock.",
+                action=self.renewal,
+            )
+        if found.state == "soon":
+            return f"The certificate of {self.name} ends in {found.left}, at {minute(found.end)}. {self.renewal}"
+        return None
 
     def tls(self) -> ssl.SSLContext:
         """As FLARE connects: the server's certificate is of this network's authority, and ours is shown."""
         startup = self.folder / "startup"
         found = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
         found.check_hostname = False
-        found.load_cert_chain(str(self.certificate), str(self.certificate.with_suffix(".key")))
+        found.load_cert_chain(str(self.certificate), str(self.key))
         return found
 
     def facts(self) -> dict[str, Any]:

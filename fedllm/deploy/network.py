@@ -2,7 +2,8 @@
 
 The folder holds `kits/NAME`, one for each participant, `authority` with the certificate authority, and `network.json`,
 what was provisioned last. A kit that is there is never written again: provisioning once more adds what is missing, with
-certificates of the same authority, so that those handed out before stay good.
+certificates of the same authority, so that those handed out before stay good. A participant that keeps its own key
+(`key: own`) has no kit here: see :mod:`fedllm.deploy.authority`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,8 +37,13 @@ LAST = "network.json"
 PRIVATE = 0o700
 """Mode of folders that hold private keys."""
 Role = Literal["project_admin", "org_admin", "lead", "member"]
-Organisation = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,63}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+Key = Literal["made", "own"]
+ORGANISATION, SITE = r"[A-Za-z0-9_]{1,63}", r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
+"""Names of organisations; names of sites and networks."""
+HOST = r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}"
+"""Host names of servers."""
+Organisation = Annotated[str, Field(pattern=f"^{ORGANISATION}$")]
+Name = Annotated[str, Field(pattern=f"^{SITE}$")]
 
 
 class _Part(BaseModel):
@@ -46,7 +53,7 @@ class _Part(BaseModel):
 class ServerPart(_Part):
     """The server."""
 
-    host: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")
+    host: str = Field(pattern=f"^{HOST}$")
     """Host name under which sites and coordinators reach it; its certificate bears it."""
     port: int = Field(8002, ge=1, le=65535)
     """Its only port, for sites and coordinators."""
@@ -62,6 +69,8 @@ class CoordinatorPart(_Part):
     role: Role = "lead"
     """project_admin: everything. lead: starts runs, and stops and fetches its own. org_admin: stops and fetches runs of
     its organisation. member: looks."""
+    key: Key = "made"
+    """made: the private key is made with the kit. own: the person makes it, and it never leaves that machine."""
 
 
 class SitePart(_Part):
@@ -69,6 +78,8 @@ class SitePart(_Part):
 
     organisation: Organisation
     """Whose it is: letters, digits and '_'."""
+    key: Key = "made"
+    """made: the private key is made with the kit. own: the site makes it, and it never leaves the site."""
 
 
 class NetworkFile(_Part):
@@ -87,13 +98,11 @@ class NetworkFile(_Part):
     @classmethod
     def _names(cls, values: dict[str, Any], info: Any) -> dict[str, Any]:
         for name in values:
-            if info.field_name == "coordinators" and not _is_address(name):
+            if info.field_name == "coordinators" and not is_address(name):
                 raise ConfigError(
                     f"The coordinator '{name}' is no e-mail address.", "Certificates of people bear one: name@host."
                 )
-            if info.field_name == "sites" and not (
-                name.replace("-", "a").replace("_", "a").isalnum() and len(name) < 64
-            ):
+            if info.field_name == "sites" and not is_site(name):
                 raise ConfigError(f"The site '{name}' has no usable name.", "Allowed: letters, digits, '_' and '-'.")
         return values
 
@@ -125,27 +134,31 @@ class NetworkFile(_Part):
         return found
 
     def participants(self) -> dict[str, dict[str, str]]:
-        """Name -> what its certificate says: kind, organisation, role."""
-        server = {self.server.host: {"kind": "server", "organisation": self.server.organisation}}
-        sites = {name: {"kind": "site", "organisation": one.organisation} for name, one in self.sites.items()}
+        """Name -> kind, organisation, role (coordinators alone), and whose its key is: made or own."""
+        server = {self.server.host: {"kind": "server", "organisation": self.server.organisation, "key": "made"}}
+        sites = {
+            name: {"kind": "site", "organisation": one.organisation, "key": str(one.key)}
+            for name, one in self.sites.items()
+        }
         people = {
-            name: {"kind": "coordinator", "organisation": one.organisation, "role": one.role}
+            name: {"kind": "coordinator", "organisation": one.organisation, "role": str(one.role), "key": str(one.key)}
             for name, one in self.coordinators.items()
         }
         return {**server, **people, **sites}
 
-    def with_site(self, name: str, organisation: str) -> NetworkFile:
+    def with_site(self, name: str, organisation: str, key: Key = "made") -> NetworkFile:
         """With one site more; raises :class:`ConfigError` where it is there already."""
         if name in self.sites:
             raise ConfigError(f"The network has a site '{name}' already.", "Names differ.")
         values = self.model_dump(mode="json")
-        values["sites"][name] = {"organisation": organisation}
+        values["sites"][name] = {"organisation": organisation, "key": key}
         return NetworkFile.from_values(values)
 
     def to_network(self) -> kits.Network:
-        """As :mod:`fedllm.engine.nvflare.kits` takes it."""
-        people = {name: (one.organisation, str(one.role)) for name, one in self.coordinators.items()}
-        sites = {name: one.organisation for name, one in self.sites.items()}
+        """Those whose keys are made, as :mod:`fedllm.engine.nvflare.kits` takes them."""
+        made = {name: facts for name, facts in self.participants().items() if facts["key"] == "made"}
+        people = {n: (f["organisation"], f["role"]) for n, f in made.items() if f["kind"] == "coordinator"}
+        sites = {n: f["organisation"] for n, f in made.items() if f["kind"] == "site"}
         return kits.Network(self.name, self.server.host, self.server.port, sites, people, self.server.organisation)
 
 
@@ -156,12 +169,14 @@ class Provisioned:
     Attributes:
         made: participant -> its new kit.
         kept: participant -> its kit, which was there before.
-        left_out: participants that have a kit and are not in the file any more.
+        left_out: participants that are not in the file any more.
+        own: participants that keep their own keys.
     """
 
     made: dict[str, Path]
     kept: dict[str, Path]
     left_out: list[str]
+    own: list[str]
 
 
 def provision(network: NetworkFile, folder: Path) -> Provisioned:
@@ -175,7 +190,7 @@ def provision(network: NetworkFile, folder: Path) -> Provisioned:
     if before is not None:
         _agree(before, network, folder)
     wanted = network.participants()
-    places = {name: folder / KITS / name for name in wanted}
+    places = {name: folder / KITS / name for name, facts in wanted.items() if facts["key"] == "made"}
     kept = {name: place for name, place in places.items() if place.exists()}
     made = {name: place for name, place in places.items() if name not in kept}
     for part in (folder, folder / KITS, folder / AUTHORITY):
@@ -185,7 +200,7 @@ def provision(network: NetworkFile, folder: Path) -> Provisioned:
         _make(network, folder, made)
     durable.write(folder / LAST, (json.dumps(network.model_dump(mode="json"), indent=1) + "\n").encode())
     known = before.participants() if before is not None else {}
-    return Provisioned(made, kept, sorted(set(known) - set(wanted)))
+    return Provisioned(made, kept, sorted(set(known) - set(wanted)), [name for name in wanted if name not in places])
 
 
 def last(folder: Path) -> NetworkFile | None:
@@ -229,16 +244,34 @@ def _agree(before: NetworkFile, now: NetworkFile, folder: Path) -> None:
     known = before.participants()
     for name, facts in now.participants().items():
         for key, new in facts.items():
-            if (old := known.get(name, facts).get(key)) != new:
+            old = known.get(name, facts).get(key)
+            if key == "key" and old != new:
+                raise ConfigError(
+                    f"The key of '{name}' was {old} and is {new}.",
+                    "A certificate for the former is good until it ends.",
+                    action=f"Put it back, or give the participant another name and revoke '{name}'.",
+                )
+            if old != new:
                 raise ConfigError(
                     f"The {key} of '{name}' was {old} and is {new}.", "Its certificate says the former.", None, action
                 )
 
 
-def _is_address(text: str) -> bool:
+def is_address(text: str) -> bool:
+    """Whether it can be the name of a coordinator: an e-mail address."""
     user, at, host = text.partition("@")
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-")
     return bool(user and at and "." in host) and set(user + host) <= allowed and user[0].isalnum() and len(text) < 65
+
+
+def is_site(text: str) -> bool:
+    """Whether it can be the name of a site."""
+    return re.fullmatch(SITE, text) is not None
+
+
+def is_organisation(text: str) -> bool:
+    """Whether it can be the name of an organisation."""
+    return re.fullmatch(ORGANISATION, text) is not None
 
 
 def _yaml(path: Path) -> Mapping[str, Any]:

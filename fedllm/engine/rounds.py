@@ -42,11 +42,12 @@ class RoundRecord:
 
 
 async def play_round(
-    method: Method, state: State, server: Server, cohort_size: int, deadline: float | None = None
+    method: Method, state: State, server: Server, cohort_size: int, deadline: float | None = None, spare: int = 0
 ) -> tuple[State, RoundRecord]:
     """state --distribute--> received --work--> upload --reducer--> update --finalize--> state.
 
-    A round without a usable upload changes nothing and says so in its record.
+    A round without a usable upload changes nothing and says so in its record. With `spare`, so many clients more are
+    asked, in an order drawn anew, and the first `cohort_size` usable uploads count.
     """
     number, begun, meter = state.round + 1, time.perf_counter(), server.meter
     server.begin(number)
@@ -66,7 +67,10 @@ async def play_round(
                 break
             wanted = more.clients or cohort_size
             stream = numpy_stream(server.seed, "cohort", number, turn)
-            cohort = server.guard.cohort(method, number, rest, wanted, stream)
+            cohort = server.guard.cohort(method, number, rest, wanted + spare, stream)
+            server.enough = wanted if spare else None
+            if spare:
+                cohort = [cohort[i] for i in stream.permutation(len(cohort))]
             record.cohort += cohort
         server.turn = server.turn + 1 if more.again else 0
         shown = replace(state, numbers={**state.numbers, **more.numbers})

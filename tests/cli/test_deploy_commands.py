@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 pytest.importorskip("nvflare", reason="nvflare is not installed: pip install 'fedllm[nvflare]'")
 
@@ -26,44 +23,20 @@ from fedllm.deploy import checkup, coordinator, network, starter, units
 from fedllm.deploy.kit import Kit
 from fedllm.sites.audit import AuditLog, Digest
 from fedllm.sites.policy import Policy
-from tests.cli.lines import ENVIRONMENT, MAIN, as_json, invoke, ok, outside
-
-ROOT = Path(__file__).parents[2]
-ADMIN = "ada@hub.org"
-SITES = ("north", "south", "west")
-PATIENCE = 240.0
-
-
-def values(port: int = 8002, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": "trio",
-        "server": {"host": "localhost", "port": port, "organisation": "hub"},
-        "coordinators": {ADMIN: {"organisation": "hub", "role": "project_admin"}},
-        "sites": {site: {"organisation": f"{site}_clinic"} for site in SITES},
-        **changes,
-    }
-
-
-def write(file: Path, found: Any) -> Path:
-    file.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
-    return file
-
-
-def rows(file: Path, count: int = 12) -> Path:
-    words = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove"]
-    lines = [{"instruction": f"reverse {w} {n}", "response": w[::-1]} for n, w in enumerate((words * 9)[:count])]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return file
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+from tests.cli.across import (
+    ADMIN,
+    PATIENCE,
+    ROOT,
+    SITES,
+    Foreground,
+    contents,
+    foregrounds,
+    free_port,
+    rows,
+    values,
+    write,
+)
+from tests.cli.lines import ENVIRONMENT, as_json, invoke, ok, outside
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +232,7 @@ def test_a_mistake_of_a_site_is_named(words: list[str], text: str, net: Path, tm
 
 def test_the_clock_is_held_against_the_certificate(net: Path) -> None:
     kit = Kit.of(net / "kits" / "north")
-    begin, end = kit.validity()
+    begin, end = kit.term().begin, kit.term().end
     assert begin < datetime.now(UTC) < end
     day = timedelta(days=1)
     found = [checkup.clock(kit, now).verdict for now in (begin - day, begin + day, end - day, end + day)]
@@ -363,52 +336,10 @@ def test_the_help_imports_no_flare() -> None:
 # --- the whole, by the command line alone ----------------------------------------------------------------------------
 
 
-@dataclass
-class Foreground:
-    """Processes in their foregrounds, as three terminals would have them."""
-
-    place: Path
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    @property
-    def kits(self) -> Path:
-        return self.place / "net" / "kits"
-
-    def begin(self, name: str, *words: Any, until: str) -> None:
-        """Start a command and wait until it says something."""
-        log = self.place / f"{name}.txt"
-        with log.open("wb") as out:
-            line = [*MAIN, *map(str, words)]
-            self.running[name] = subprocess.Popen(line, stdout=out, stderr=out, env=ENVIRONMENT)
-        end = time.monotonic() + PATIENCE
-        while until not in log.read_text(encoding="utf-8"):
-            assert self.running[name].poll() is None and time.monotonic() < end, log.read_text(encoding="utf-8")
-            time.sleep(0.2)
-
-    def end(self, name: str) -> str:
-        """Ctrl-C; returns what it said."""
-        process = self.running.pop(name)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        return (self.place / f"{name}.txt").read_text(encoding="utf-8")
-
-    def admin(self, *words: Any) -> subprocess.CompletedProcess[str]:
-        return outside("deploy", *words, "--kit", self.kits / ADMIN, timeout=PATIENCE)
-
-
 @pytest.fixture
 def foreground(tmp_path: Path) -> Iterator[Foreground]:
-    found = Foreground(tmp_path)
-    try:
+    with foregrounds(tmp_path) as found:
         yield found
-    finally:
-        for process in found.running.values():
-            process.send_signal(signal.SIGTERM)
-        for process in found.running.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 Requests are read in lots; those of one site travel as one letter, a body that several clients receive only once. The
 letters of a lot are under way together. Replies are given on in the order of the requests, so that sums are formed in
-the same order as by the local engine, and the same bits come out.
+the same order as by the local engine, and the same bits come out. Where a round has clients to spare, they are given
+on as they come. An answer counts in its round or never.
 
 The pseudo-client `server`, which trains on the public rows, is asked where the server is.
 
@@ -26,12 +27,14 @@ from typing import Any
 from typing import Protocol as Interface
 
 from fedllm.core.errors import ConfigError, RunError
+from fedllm.core.guard import Guard
 from fedllm.core.roster import SERVER, Group
 from fedllm.core.server import Reply, Request
 from fedllm.engine import durable
 from fedllm.engine.local import LocalEngine
 from fedllm.engine.nvflare.parts import Letter
 from fedllm.engine.nvflare.record import ClientLost, Record, told
+from fedllm.engine.nvflare.standing import Keep
 from fedllm.engine.private import PrivateStore
 from fedllm.sites.audit import Digest
 
@@ -83,6 +86,7 @@ class Sites:
         quorum: sites without which the run ends.
         mark: the last checkpoint, as the sites are told of it.
         greeted: whether they know of the run.
+        standing: where it is told which sites are lost; None: nowhere.
     """
 
     post: Post
@@ -93,11 +97,26 @@ class Sites:
     quorum: int = 1
     mark: dict[str, Any] | None = None
     greeted: bool = False
+    standing: Keep | None = None
 
     @property
     def names(self) -> list[str]:
         """All sites, sorted."""
         return sorted(set(self.home.values()))
+
+    def lose(self, site: str, reason: str, returns: bool = True) -> str:
+        """A site is not asked any more in this job; gives the reason.
+
+        Args:
+            site: its name.
+            reason: why.
+            returns: whether it is wanted again when it is back; False: it does not want to take part.
+        """
+        if site not in self.lost:
+            self.lost[site] = reason
+            if returns and self.standing is not None:
+                self.standing.lost(site)
+        return self.lost[site]
 
     def enough(self) -> None:
         """Raise :class:`RunError` where fewer sites are left than the run needs."""
@@ -106,7 +125,7 @@ class Sites:
             raise RunError(
                 f"{left} of {len(self.names)} sites are left, and the run needs {self.quorum}.",
                 f"Lost: {', '.join(sorted(self.lost))}.",
-                action="Start them again and submit the run again: it goes on from its last checkpoint.",
+                action="The run goes on from its last checkpoint when they are back.",
             )
 
     def note(self, action: str, **facts: Any) -> str | None:
@@ -174,7 +193,7 @@ class Watch:
         for site in waiting:
             self.misses[site] = 0 if self.sites.post.alive(site) else self.misses.get(site, 0) + 1
             if self.misses[site] >= self.most:
-                found[site] = self.sites.lost[site] = f"the site {site} does not answer any more"
+                found[site] = self.sites.lose(site, f"the site {site} does not answer any more")
         self.since = time.monotonic()
         return found
 
@@ -188,12 +207,22 @@ class FlareEngine:
         group: client -> its group.
         stores: whether clients keep anything between rounds.
         own: answers for the client `server`; None: nobody does.
+        guard: hears what clients have spent of their privacy.
+        hurried: whether replies are given on as they come; else in the order of the requests.
     """
 
     def __init__(
-        self, sites: Sites, leg: str, group: Callable[[str], Group], stores: bool, own: LocalEngine | None = None
+        self,
+        sites: Sites,
+        leg: str,
+        group: Callable[[str], Group],
+        stores: bool,
+        own: LocalEngine | None = None,
+        guard: Guard | None = None,
+        hurried: bool = False,
     ) -> None:
         self.sites, self.leg, self._group, self.own = sites, leg, group, own
+        self.guard, self.hurried = guard or Guard(), hurried
         self.orders = Orders(sites)
         self.stores = RemoteStores(self, stores)
         self._sessions: dict[str, str] = {}
@@ -326,9 +355,12 @@ class RemoteStores:
         if self._own_store is not None:
             self._own_store.restore({client: file for client, file in manifest.items() if client == SERVER})
         own = {site: self._own(manifest, site) for site in self.engine.sites.names}
+        away = set(self.engine.sites.lost)  # they go back when they are here again: the checkpoints name their files
         for site, answer in self._ask(lambda site: {"restore": own[site]}).items():
             if isinstance(answer, Letter):
                 self._known[site] = self._own(answer.meta["manifest"], site)
+            elif site in away:
+                self._known[site] = own[site]
             else:
                 raise RunError(f"{site} cannot go back to the checkpoint: {answer}")
 
@@ -360,7 +392,7 @@ class RemoteStores:
                 engine.orders.done(site, answer.meta["applied"])
             else:  # what its clients keep is not known any more
                 reason = answer if isinstance(answer, str) else str(answer.meta.get("reason"))
-                answers[site] = engine.sites.lost.setdefault(site, reason)
+                answers[site] = engine.sites.lose(site, reason)
         return answers
 
 
@@ -384,11 +416,15 @@ class _Trip:
         loop, watch = asyncio.get_running_loop(), Watch(self.engine.sites)
         for site, asked in self.by_site.items():
             self._send(loop, site, asked)
-        for request in self.lot:
-            while request.id not in self.replied:
+        left = {request.id: None for request in self.lot}
+        while left:
+            name = next((name for name in left if name in self.replied or not self.engine.hurried), None)
+            if name is None or name not in self.replied:
                 await self._wait(watch)
-            self.given.add(request.id)
-            yield self.replied.pop(request.id)
+                continue
+            del left[name]
+            self.given.add(name)
+            yield self.replied.pop(name)
 
     def end(self) -> None:
         """Take back what is under way; what was answered and not given on is undone at the clients."""
@@ -463,6 +499,8 @@ class _Trip:
                 error, session = (None if facts[n] is None else str(facts[n]) for n in ("error", "session"))
                 if error is not None and error.startswith(LATE):
                     error = _late(self.deadline)  # a site knows only what is left of it
+                if facts.get("spent") is not None:
+                    self.engine.guard.heard(request.client, facts["spent"])
                 found[request.id] = Reply(request.id, request.client, body, error, cost, session), facts
             applied = answer.meta["applied"]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as fault:

@@ -133,7 +133,7 @@ class Gate:
         word = "allowed" if fault is None else "refused"
         entry = self.record.note("send", **about, payload=Digest.of(body), decision=word, reason=fault)
         if fault is not None:
-            return no(asked, str(fault), refused=True, cost=meta["cost"])
+            return Letter({**no(asked, str(fault), refused=True, cost=meta["cost"]).meta, "spent": meta.get("spent")})
         run.egress = run.egress.plus(asked["round"], len(body))
         return Letter({**meta, "audit": entry}, [body])
 

@@ -50,10 +50,13 @@ class Process:
     Args:
         kit: the site's folder.
         log: what the worker prints, tracebacks among it; it stays at the site.
+
+    Attributes:
+        module: what is run.
     """
 
     def __init__(self, kit: Path, log: Path) -> None:
-        self.kit, self.log = kit, log
+        self.kit, self.log, self.module = kit, log, "fedllm.engine.nvflare.worker"
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Pipe | None = None
         self._letters: queue.Queue[Letter | None] = queue.Queue()
@@ -74,7 +77,7 @@ class Process:
         self.stop()
         here, there = socket.socketpair()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        words = ["-m", "fedllm.engine.nvflare.worker", "--end", str(there.fileno()), "--kit", str(self.kit)]
+        words = ["-m", self.module, "--end", str(there.fileno()), "--kit", str(self.kit)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *words],
@@ -226,7 +229,7 @@ class Keeper:
         try:
             return self._handle(letter, stopped, begun)
         except Died as fault:
-            return _error(str(fault))
+            return Letter({**_error(str(fault)).meta, "died": True})
         except FedLLMError as fault:  # of the gate: a rule, a manifest, or a log that cannot be written
             return Letter({**_error(str(fault)).meta, "refused": True, "audit": self.gate.record.last})
 
@@ -296,7 +299,10 @@ class Keeper:
         reason, applied = f"no answer within {deadline} s", None
 
         def told(reply: Letter) -> None:
-            name, leaves = reply.meta["id"], self.gate.upload(by_id[reply.meta["id"]], reply)
+            name = reply.meta["id"]
+            if name in known or name not in by_id:
+                return  # said twice, or not asked for: it neither leaves nor counts
+            leaves = self.gate.upload(by_id[name], reply)
             if leaves.meta["body"] is not None:  # what failed may be tried again
                 self.replies.put(leg, leaves)
             elif reply.meta["body"] is not None:

@@ -25,14 +25,16 @@ from fedllm.engine.nvflare.facts import ServerFacts, own_model
 from fedllm.engine.nvflare.gate import not_another
 from fedllm.engine.nvflare.parts import NAME, Letter
 from fedllm.engine.nvflare.record import FILE, Record, SiteRefused, told
+from fedllm.engine.nvflare.standing import Keep, Paused
 from fedllm.engine.nvflare.trust import MANIFEST, Signed, checked, owner
 from fedllm.sites.audit import AuditDamaged, Digest, verify
 from fedllm.sites.manifest import Manifest, ManifestError
 
 SITES = "sites.json"
 """In a run's folder: what the sites told when the run began."""
-ARRIVALS = 60
-"""So many times in a row a site may be silent before its first answer: its process is only just being started."""
+ARRIVALS, BACK = 60, 24
+"""So many times in a row a site may be silent before its first answer: its process is only just being started. Of a run
+that goes on, fewer: it can go on without the site."""
 ANCHOR = "audit.json"
 """In a run's folder: the last entry of the server's audit log when the last checkpoint was written."""
 LEAVE = 10.0
@@ -85,10 +87,23 @@ def play(job: Job, post: Post, facts: ServerFacts, kit: Path, watch: Callable[[A
             result = _play(job, sites, facts, kit, watch)
         except Exception as fault:
             reason = fault if isinstance(fault, FedLLMError) else RunError(f"{type(fault).__name__} at the server.")
+            _stand(sites, reason)
             _end(sites, reason)
             raise
+        _stand(sites, None)
         _end(sites, None)
         return result
+
+
+def _stand(sites: Sites, reason: FedLLMError | None) -> None:
+    """Write down whether the run may go on by itself. One that was aborted stays as it is: FLARE knows by whom."""
+    if sites.standing is None or (reason is not None and sites.post.over() is not None):
+        return
+    if reason is None:
+        sites.standing.end("finished")
+        return
+    waits = isinstance(reason, Paused) or (isinstance(reason, RunError) and bool(sites.standing.now.lost))
+    sites.standing.end("waiting" if waits else "failed", str(reason))
 
 
 def _play(job: Job, sites: Sites, facts: ServerFacts, kit: Path, watch: Callable[[Any], Any] | None) -> Any:
@@ -99,13 +114,15 @@ def _play(job: Job, sites: Sites, facts: ServerFacts, kit: Path, watch: Callable
     possible(recipe)
     run.method_of(recipe)
     place = kit / facts.runs / job.run
+    before = _before(place)
+    sites.quorum, sites.standing = manifest.quorum, Keep(place, job.sites, manifest.quorum)
     public = _public(run, facts, recipe)
-    facts_of, notes = _hello(sites, job, entry)
-    joined = _as_before(place, grounds.joined(facts_of, grounds.public_mark(public)))
-    sites.home, sites.quorum = joined["home"], manifest.quorum
+    facts_of, notes = _hello(sites, job, entry, before is not None)
+    joined = _as_before(place, before, grounds.joined(facts_of, grounds.public_mark(public)), facts_of)
+    sites.home = joined["home"]
     ground = run.prepare(recipe, grounds.federation(run, joined, None, public), grounds.Near(None))
     ground.warnings += [*notes, *_left_out(asked, recipe)]
-    _begin(sites, joined, ground.learner.loaded.fingerprint, entry)
+    _begin(sites, joined, ground.learner.loaded.fingerprint, entry, before is not None)
     sites.note("resume" if (place / ANCHOR).is_file() else "start", payload=Digest.of(manifest.what()))
     folder = _folder(run, place, recipe, ground, joined)
     folder.write_text(MANIFEST, Signed.of(job.signed).manifest.decode())
@@ -118,11 +135,25 @@ def _play(job: Job, sites: Sites, facts: ServerFacts, kit: Path, watch: Callable
     def remote(leg: str, method: Any) -> Any:
         guard = ground.guard.private if leg == run.FEDERATED else ()
         kept = bool(method.private or guard or coded)
-        engine = FlareEngine(sites, leg, lambda c: ground.roster.get(c, ALL), kept, own(leg, method))
+        hears = ground.guard if leg == run.FEDERATED else None
+        hurried = recipe.spare > 0 and leg == run.FEDERATED
+        engine = FlareEngine(sites, leg, lambda c: ground.roster.get(c, ALL), kept, own(leg, method), hears, hurried)
         return engine, engine.stores
 
     ground.remote = remote
-    return run.play(ground, folder, watch(run.Watch) if watch else run.Watch())
+    return run.play(ground, folder, _pausing(watch(run.Watch) if watch else run.Watch(), sites.standing))
+
+
+def _pausing(watch: Any, standing: Keep) -> Any:
+    """What is told of progress, with the rounds counted and a wish for a pause heard."""
+    told = watch.round
+
+    def round(name: str, record: Any, values: Any) -> None:
+        told(name, record, values)
+        standing.round()
+
+    watch.round = round
+    return watch
 
 
 def _checked(sites: Sites, job: Job, kit: Path) -> tuple[Manifest, str | None]:
@@ -193,19 +224,12 @@ def possible(recipe: Any) -> None:
             "fedavg",
             "Choose a federated method.",
         )
-    if recipe.encrypted is not None:
+    if recipe.encrypted is not None and recipe.encrypted.keys == "shared":
         raise ModeConflict(
-            "The section 'encrypted' is given, and its clients share one secret key.",
-            "Across sites there is no way yet to bring them that key without the server.",
-            "secure",
-            "Use the section 'secure' in its place.",
-        )
-    if recipe.privacy is not None and recipe.privacy.level == "example":
-        raise ModeConflict(
-            "privacy.level=example is given, and what a client has spent is counted at its site alone.",
-            "Across sites the server could neither report the budget nor stop the run in time.",
-            "client",
-            "Set privacy.level=client.",
+            "encrypted.keys=shared is given, and one secret key is for all clients.",
+            "Across sites nobody but the server could bring it to them.",
+            "threshold",
+            "Set encrypted.keys=threshold, or use the section 'secure' in its place.",
         )
 
 
@@ -225,14 +249,17 @@ def _public(run: Any, facts: ServerFacts, recipe: Any) -> Sequence[Mapping[str, 
     return found.rows(found.client_ids[0])
 
 
-def _hello(sites: Sites, job: Job, entry: str | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What every site tells; raises :class:`RunError` where one does not answer or runs another version."""
+def _hello(sites: Sites, job: Job, entry: str | None, begun: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What every site tells; raises :class:`RunError` where one does not answer or runs another version.
+
+    A run that has begun goes on without such a site, as long as enough are left.
+    """
     versions = grounds.versions()
     facts = {"run": job.run, "recipe": job.recipe, "signed": job.signed, "audit": entry}
     letter = Letter({"op": "hello", **facts, "versions": versions})
     sites.greeted = True
-    answers = _all(sites, {site: letter for site in job.sites}, ARRIVALS)
-    notes = []
+    answers = _all(sites, {site: letter for site in job.sites}, BACK if begun else ARRIVALS, begun)
+    notes = [f"{site} is not there: {reason.rstrip('.')}." for site, reason in sorted(sites.lost.items())]
     for site, answer in answers.items():
         other = [f"{n} {v}" for n, v in answer.meta["versions"].items() if n != "protocol" and versions.get(n) != v]
         if other:
@@ -240,14 +267,18 @@ def _hello(sites: Sites, job: Job, entry: str | None) -> tuple[dict[str, dict[st
     return {site: answer.meta for site, answer in answers.items()}, notes
 
 
-def _begin(sites: Sites, joined: Mapping[str, Any], fingerprint: str | None, entry: str | None) -> None:
+def _begin(sites: Sites, joined: Mapping[str, Any], fingerprint: str | None, entry: str | None, begun: bool) -> None:
     """Every site prepares the ground for all clients."""
     letter = Letter({"op": "begin", "facts": dict(joined), "fingerprint": fingerprint, "audit": entry})
-    _all(sites, {site: letter for site in sites.names})
+    _all(sites, {site: letter for site in sites.names if site not in sites.lost}, begun=begun)
 
 
-def _all(sites: Sites, letters: Mapping[str, Letter], misses: int = MISSES) -> dict[str, Letter]:
-    """The answers of all sites; raises :class:`RunError` naming every site that did not give one."""
+def _all(sites: Sites, letters: Mapping[str, Letter], misses: int = MISSES, begun: bool = False) -> dict[str, Letter]:
+    """The answers of all sites; raises :class:`RunError` naming every site that did not give one.
+
+    Of a run that has begun, sites without an answer are lost instead, as long as enough are left; one whose policy or
+    data says no is not waited for.
+    """
     answers = sites.ask(letters, misses)
     for site, answer in sorted(answers.items()):
         _joined(sites, site, answer)
@@ -256,13 +287,17 @@ def _all(sites: Sites, letters: Mapping[str, Letter], misses: int = MISSES) -> d
         for site, answer in sorted(answers.items())
         if isinstance(answer, str) or answer.op == "error"
     }
-    if wrong:
+    if begun and len(letters) - len(wrong) >= sites.quorum:
+        for site, reason in wrong.items():
+            answer = answers[site]
+            sites.lose(site, reason, returns=isinstance(answer, str) or bool(answer.meta.get("died")))
+    elif wrong:
         raise RunError(
             " ".join(f"{site}: {reason.rstrip('.')}." for site, reason in wrong.items()),
             "Nothing was trained.",
             action="Mend the cause at the site and submit the run again, or submit it without the site.",
         )
-    return {site: answer for site, answer in answers.items() if isinstance(answer, Letter)}
+    return {site: answer for site, answer in answers.items() if isinstance(answer, Letter) and site not in wrong}
 
 
 def _joined(sites: Sites, site: str, answer: Letter | str) -> None:
@@ -278,19 +313,28 @@ def _joined(sites: Sites, site: str, answer: Letter | str) -> None:
         sites.note("join", decision="refused", reason=reason, peer=peer, actor=site)
 
 
-def _as_before(place: Path, joined: dict[str, Any]) -> dict[str, Any]:
-    """What the sites tell now; raises :class:`RunError` where a run that goes on began with other clients."""
+def _before(place: Path) -> dict[str, Any] | None:
+    """What the sites told when a run began; None: it has not."""
     file = place / SITES
-    if not file.is_file():
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _as_before(
+    place: Path, before: dict[str, Any] | None, joined: dict[str, Any], there: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the sites tell now; raises :class:`RunError` where a run that goes on began with other clients."""
+    if before is None:
         return joined
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for what in ("clients", "home", "labels"):
-        if before[what] != joined[what]:
+    home = {client: site for client, site in before["home"].items() if site in there}
+    clients = {client: sizes for client, sizes in before["clients"].items() if client in home}
+    known = before["labels"] if len(home) == len(before["home"]) else joined["labels"]
+    for what, then in (("clients", clients), ("home", home), ("labels", known)):
+        if then != joined[what]:
             raise RunError(
                 f"The {'sites' if what == 'home' else what} are not those that run '{place.name}' began with.",
                 action="Bring the sites back to what they were, or submit a new run under another id.",
             )
-    return joined
+    return before
 
 
 def _folder(run: Any, place: Path, recipe: Any, ground: Any, joined: Mapping[str, Any]) -> RunFolder:

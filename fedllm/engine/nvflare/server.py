@@ -40,6 +40,7 @@ RESULTS = (
     "sites.json",
     "manifest.json",
     "audit.json",
+    "standing.json",
     "adapter",
 )
 """What of a run's folder is also put into FLARE's, from where the one who submitted the job can fetch it."""

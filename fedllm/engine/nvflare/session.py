@@ -26,6 +26,8 @@ GOOD = "FINISHED:COMPLETED"
 """The status of a job that went well."""
 PATIENCE = 60.0
 """Seconds in which the server has to be reached, and all sites with it."""
+ENVIRONMENT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "20"}
+"""Seconds that FLARE's server waits, where a job has ended, for what became of it at a site that is gone."""
 LEFT = 10.0
 """Seconds a process is given to end by itself."""
 
@@ -76,7 +78,7 @@ def start(name: str, kit: Path) -> Participant:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "PATH": path},
+            env={**os.environ, "PATH": path, **ENVIRONMENT},
             start_new_session=True,
         )
     return Participant(name, kit, process)
@@ -167,6 +169,11 @@ class Session:
                     self.inner.abort_job(str(stale["job_id"]))
         with tempfile.TemporaryDirectory(prefix="fedllm-job-") as folder:
             return str(self.inner.submit_job(str(jobs.write(Path(folder) / run, run, recipe, sites, signed))))
+
+    def newest(self, run: str) -> str | None:
+        """FLARE's id of the last job of a run; a run that went on by itself has more than were submitted."""
+        found = [one for one in self.inner.list_jobs() if one.get("job_name") == run]
+        return str(max(found, key=lambda one: str(one.get("submit_time")))["job_id"]) if found else None
 
     def status(self, job: str) -> str:
         """FLARE's status of a job: SUBMITTED, DISPATCHED, RUNNING, FINISHED:..."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import queue
 import socket
@@ -24,6 +25,7 @@ from fedllm.core.errors import ConfigError, DataError, FedLLMError, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.server import Reply, Request
 from fedllm.core.wire import size_by_part
+from fedllm.engine import durable
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.engine.nvflare import ground as grounds
 from fedllm.engine.nvflare.facts import SiteFacts, permitted, read_facts
@@ -31,6 +33,9 @@ from fedllm.engine.nvflare.gate import BASE, FEDERATED
 from fedllm.engine.nvflare.parts import Letter
 from fedllm.engine.nvflare.pipe import Closed, Pipe
 from fedllm.engine.nvflare.stores import JOURNAL, JournaledStore
+
+PRIVACY = "privacy.json"
+"""What a site's clients have spent of their privacy in a run, and the key of their noise; it stays at the site."""
 
 Tell = Callable[[Letter], None]
 
@@ -171,7 +176,8 @@ class Site:
         if reply.body is not None and reply.session is None:
             leg.last[reply.client] = reply.id
         leg.store.keep()
-        return _reply(reply)
+        found = _reply(reply)
+        return Letter({**found.meta, "spent": leg.worker.guard.spent(reply.client)}, found.blobs)
 
     def _stores(self, meta: dict[str, Any]) -> Letter:
         """Carry out orders, go back to a checkpoint where one is given, and tell the files of all entries."""
@@ -199,10 +205,25 @@ class Site:
             worker: LocalWorker = ground.worker(method, None, False, guard)
             worker.discreet = True
             folder = self.kit / self.facts.folder / self.name / name
+            _lasting(guard, folder / PRIVACY)
             store = JournaledStore(worker.private.declared, folder, self.again)
             worker.private = store
             self.legs[name] = Leg(worker, store, LocalEngine(worker, self.own.client_ids, ground.width))
         return self.legs[name]
+
+
+def _lasting(guard: Guard, file: Path) -> None:
+    """Go on with what this site's clients have spent of their privacy, and keep it on disk from now on."""
+    if not guard.hides:
+        return
+    if file.is_file():
+        guard.restore(json.loads(file.read_text(encoding="utf-8")), {})
+
+    def keep(facts: Any) -> None:
+        durable.write(file, json.dumps(facts).encode())
+        file.chmod(0o600)  # the key of the noise is in it
+
+    guard.keep = keep
 
 
 async def _answers(

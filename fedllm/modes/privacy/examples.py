@@ -10,6 +10,7 @@ are drawn most often; all others spend less.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedllm.core.errors import ConfigError, ModeConflict, RunError
+from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.message import Json
 from fedllm.core.method import Method
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, Request
-from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, solve
+from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, event_from_json, event_to_json, solve
 from fedllm.modes.privacy.ledger import Ledger, assumptions
 from fedllm.modes.privacy.mechanism import NoiseSource, clip_each, noise, poisson
 
 if TYPE_CHECKING:
     from fedllm.modes.privacy.settings import PrivacySettings
+
+
+RETOLD = 64
+"""So many of a client's last releases a site tells the server each time."""
 
 
 class Examples(Guard):
@@ -68,6 +73,8 @@ class Examples(Guard):
             self.noise = solve(
                 lambda z: [(self.event(smallest, z), steps)], settings.epsilon or math.inf, settings.delta
             )
+        self._told: dict[str, list[Json]] = {}
+        self._trained: dict[str, list[str]] = {}
         self.source = NoiseSource.from_seed(seed) if settings.key == "seed" else NoiseSource.secret()
         event = self.event(max(self.sizes.values(), default=1), self.noise)
         told = assumptions("example", event, noised_by="client", seeded=settings.key == "seed")
@@ -107,9 +114,41 @@ class Examples(Guard):
                 "fedavg",
                 "Choose another method, or set privacy.level=client.",
             )
-        steps = request.train.step_count(count)
-        self.ledger.spend(f"round {round}, fit {number}", self.event(count, self.noise), steps, client)
-        return DrawnFit(self, (client, round, number), self.settings.clip, self._expected(count))
+        names, again = (client, round, number), 0
+        if self.keep is not None:
+            seen = self._trained.setdefault("/".join(map(str, names)), [])
+            mark = _mark(request)
+            if mark not in seen:
+                seen.append(mark)
+            again = seen.index(mark)
+        id = f"round {round}, fit {number}" + (f", again {again}" if again else "")
+        event, steps = self.event(count, self.noise), request.train.step_count(count)
+        new = self.ledger.spend(id, event, steps, client)
+        if self.keep is not None and new:
+            self._tell(client, id, event, steps)
+            self.keep(self.to_json())
+        return DrawnFit(self, (*names, again) if again else names, self.settings.clip, self._expected(count))
+
+    def spent(self, client: str) -> Json:
+        """See :class:`~fedllm.core.guard.Guard`. The last ones are told again: an answer before may have been lost."""
+        return list(self._told.get(client, ())) or None
+
+    def _tell(self, client: str, id: str, event: Event, count: int) -> None:
+        told = self._told.setdefault(client, [])
+        told.append([id, event_to_json(event), count])
+        del told[:-RETOLD]
+
+    def heard(self, client: str, facts: Json) -> None:
+        """See :class:`~fedllm.core.guard.Guard`. What passes the budget is no account: the site would have refused."""
+        if client not in self.sizes or not isinstance(facts, list):
+            raise ValueError(f"no account of a client's privacy: {type(facts).__name__}")
+        for id, event, count in facts:
+            if not isinstance(id, str) or type(count) is not int:
+                raise ValueError("a release without a name or a count")
+            try:
+                self.ledger.spend(id, event_from_json(event), count, client)
+            except FedLLMError as fault:
+                raise ValueError(str(fault)) from fault
 
     def _expected(self, count: int) -> float:
         return self.rate(count) * count if self.settings.sampling == "poisson" else float(self.batch(count))
@@ -140,13 +179,17 @@ class Examples(Guard):
 
     def to_json(self) -> Json:
         """The ledger and the key."""
-        return {"ledger": self.ledger.to_json(), "noise": self.noise, "key": self.source.key.hex()}
+        facts: dict[str, Any] = {"ledger": self.ledger.to_json(), "noise": self.noise, "key": self.source.key.hex()}
+        return {**facts, "trained": self._trained} if self._trained else facts
 
     def restore(self, facts: Json, memory: Tensors | None = None) -> None:
         """Go on with the ledger and the key of a checkpoint."""
         try:
             self.noise, self.source = float(facts["noise"]), NoiseSource(bytes.fromhex(facts["key"]))
             self.ledger = Ledger.from_json(facts["ledger"])
+            self._trained = {str(name): [str(one) for one in seen] for name, seen in facts.get("trained", {}).items()}
+            for (id, client), entry in self.ledger.entries.items():
+                self._tell(client, id, entry.event, entry.count)
         except (KeyError, TypeError, ValueError) as fault:
             raise RunError(
                 f"The checkpoint's account of privacy cannot be read: {fault}.",
@@ -172,6 +215,17 @@ def check(method: Any) -> None:
             "With privacy.level=example, clients train on their own rows and do nothing else with them.",
             "fedavg",
         )
+
+
+def _mark(request: Fit) -> str:
+    """Stands for what a fit begins with and is held to: the same for the same bits."""
+    found = hashlib.sha256()
+    trees = {"start": request.start, "fixed": request.fixed or {}, "moments": request.moments or {}, **request.given}
+    for place, tree in sorted(trees.items()):
+        for name, tensor in sorted(tree.items()):
+            found.update(f"{place}/{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            found.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused_before_training(post: rig.Loopback, place:
         ({"model": {"name": str(place)}}, "folder"),
         ({"model": {"name": "toy:llama", "trust_remote_code": True}}, "trust_remote_code"),
         ({"cohort": 6}, "cohort=6"),
-        ({"encrypted": {}}, "secret key"),
+        ({"encrypted": {}}, "one secret key"),
     ):
         with pytest.raises(FedLLMError, match=text):
             across(post, place, "refused", **wrong)

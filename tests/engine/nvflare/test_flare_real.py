@@ -84,6 +84,19 @@ def submit(net: Net, run: str, **changes: Any) -> str:
         return admin.submit(run, rig.recipe(**changes), list(rig.HOMES))
 
 
+def at_its_end(net: Net, run: str) -> Path:
+    """Wait for a run that goes on by itself, in whatever job, and fetch it."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        with session.session(ADMIN, net.kits[ADMIN]) as admin:
+            job = admin.newest(run)
+            assert job is not None
+            if admin.status(job) == session.GOOD:
+                return admin.fetch(job, net.place / "fetched")
+        assert time.monotonic() < until, "the run does not end"
+        time.sleep(1.0)
+
+
 def finished(net: Net, job: str) -> Path:
     with session.session(ADMIN, net.kits[ADMIN]) as admin:
         status = admin.wait(job, PATIENCE)
@@ -105,7 +118,7 @@ def test_policies_are_in_every_kit(net: Net) -> None:
 
 
 def test_server_killed_then_the_same_bits(net: Net) -> None:
-    """Kill -9 of the server in the middle of a run; submitted again, it ends as the local engine does."""
+    """Kill -9 of the server in the middle of a run; it goes on by itself, and ends as the local engine does."""
     changes: dict[str, Any] = {"method": "scaffold", "rounds": 6, "cohort": 3, "train": {"steps": 8, "batch_size": 2}}
     home = rig.at_home(net.place, **changes)
     submit(net, "run-1", **changes)
@@ -113,7 +126,7 @@ def test_server_killed_then_the_same_bits(net: Net) -> None:
     net.running[SERVER].stop(kill=True)
     assert len(net.rounds("run-1")) < 6 and not (net.run_folder("run-1") / "result.json").exists()
     net.running[SERVER] = session.start(SERVER, net.kits[SERVER])
-    found = finished(net, submit(net, "run-1", **changes))
+    found = at_its_end(net, "run-1")
     ours, theirs = (place / "adapter" / "adapter_model.safetensors" for place in (found, home.folder))
     assert ours.read_bytes() == theirs.read_bytes()
     result = json.loads((found / "result.json").read_text())
@@ -136,6 +149,30 @@ def test_worker_killed_then_the_run_goes_on(net: Net) -> None:
     assert all("signal 9" in entry["reason"] for entry in lost)
     result = json.loads((found / "result.json").read_text())
     assert result["finished"] and result["bytes"]["up"] > 3 * 3 * parts.INLINE / 2, "two uploads of a site are streamed"
+
+
+def test_a_site_killed_and_started_again_comes_back(net: Net) -> None:
+    """Kill -9 of a whole site: the others go on, and when it is here again it is used again."""
+    submit(net, "run-3", rounds=14, train={"steps": 80, "batch_size": 2})
+    net.after("run-3", 2)
+    net.running["site-2"].stop(kill=True)
+    net.running["site-2"] = session.start("site-2", net.kits["site-2"])
+    at_its_end(net, "run-3")
+    rounds = net.rounds("run-3")
+    assert [line["round"] for line in rounds] == list(range(1, 15)), "every round is there once"
+    lost = [line["round"] for line in rounds if {entry["client"] for entry in line["lost"]} == {"c1", "c4"}]
+    assert lost and rounds[-1]["used"] == 5, "the site was lost, and is back"
+
+
+def test_a_job_process_of_a_site_killed_then_the_run_goes_on(net: Net) -> None:
+    """FLARE ends the whole job where one site's process ends; the run goes on in another job."""
+    submit(net, "run-4", rounds=5, train={"steps": 12, "batch_size": 2})
+    net.after("run-4", 1)
+    parent = net.worker("site-3").parent()
+    assert parent is not None
+    parent.kill()
+    at_its_end(net, "run-4")
+    assert [line["round"] for line in net.rounds("run-4")] == [1, 2, 3, 4, 5]
 
 
 def test_the_logs_of_all_runs_are_whole_and_match(net: Net) -> None:
