@@ -110,6 +110,24 @@ def test_labels_of_all_sites_in_a_secure_sum(tmp_path: Path) -> None:
     assert same(home.state, away.state) and home.table["rows"] == away.table["rows"]
 
 
+def test_threshold_keys_of_several_sites(tmp_path: Path) -> None:
+    """Each client makes its own share of the key at its site; the server opens the sum, and no upload."""
+    from fedllm.modes.encrypted.threshold import library
+
+    try:
+        library()
+    except FedLLMError as fault:
+        pytest.skip(str(fault))
+    plain: dict[str, Any] = {"method": {"name": "fedavg", "weighting": "uniform"}, "rounds": 1}
+    home, post = rig.at_home(tmp_path, **plain), rig.Loopback(tmp_path)
+    try:
+        away = across(post, tmp_path, "shares", **plain, encrypted={"keys": "threshold"})
+    finally:
+        post.end()
+    for name, tensor in home.state.params.items():
+        assert torch.allclose(tensor, away.state.params[name], atol=1e-5), name
+
+
 def kill(post: rig.Loopback, site: str) -> None:
     process = post.keepers[site].process
     assert process.pid is not None
