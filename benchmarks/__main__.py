@@ -29,6 +29,7 @@ QUESTIONS = (
     "secagg",
     "secagg_flower",
     "encrypted",
+    "faults",
 )
 """In the order of the page."""
 
