@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedllm.cli import catalogue, data, deploy, doctor, results, running, scaffold, screen
+from fedllm.cli import catalogue, dash, data, deploy, doctor, results, running, scaffold, screen
 
 CRASHED = 70
 """Exit code of an unexpected exception (EX_SOFTWARE of sysexits.h)."""
@@ -137,7 +137,7 @@ def options(
         typer.echo(context.get_help())
 
 
-for group in (running, deploy, catalogue, results, data, doctor, scaffold):
+for group in (running, deploy, dash, catalogue, results, data, doctor, scaffold):
     group.add_to(app)
 
 

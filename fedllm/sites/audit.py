@@ -374,7 +374,7 @@ class AuditLog:
             try:
                 for entry, size in _lines(handle):
                     self._entries, self._hash, self._size = entry.seq, entry.hash, self._size + size
-            except _BadLine as bad:
+            except BadLine as bad:
                 if not bad.torn:
                     raise _damaged(self.path, bad) from None
                 cut = Digest.of(bad.torn)
@@ -392,7 +392,7 @@ def read(log: str | Path) -> list[Entry]:
     try:
         with _reading(log) as handle:
             return [entry for entry, _ in _lines(handle)]
-    except _BadLine as bad:
+    except BadLine as bad:
         raise _damaged(log, bad) from None
 
 
@@ -418,7 +418,7 @@ def verify(log: str | Path, anchor: str | None = None) -> Verdict:
                 if entry.seq == seq and entry.hash != held:
                     return Verdict(count, entry.seq, "its hash is not the one that was kept elsewhere")
                 count = entry.seq
-    except _BadLine as bad:
+    except BadLine as bad:
         return Verdict(count, bad.line, bad.why)
     if count < seq:
         return Verdict(count, count + 1, f"the log ends before entry {seq}, which is known elsewhere")
@@ -486,7 +486,7 @@ def _payload(entry: Entry) -> tuple[object, ...]:
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 
-class _BadLine(Exception):
+class BadLine(Exception):
     """A line is not what was written; `torn` is what there is of a last line without an end."""
 
     def __init__(self, line: int, why: str, torn: bytes = b"") -> None:
@@ -495,41 +495,42 @@ class _BadLine(Exception):
 
 
 def _lines(handle: BinaryIO) -> Iterator[tuple[Entry, int]]:
-    """The entries, each with the length of its line; raises :class:`_BadLine` at the first that is wrong."""
+    """The entries, each with the length of its line; raises :class:`BadLine` at the first that is wrong."""
     before = GENESIS
     for number in itertools.count(1):
         line = handle.readline(LINE_LIMIT + 1)
         if not line:
             return
-        entry = _entry(line, number)
+        entry = entry_of(line, number)
         if entry.seq != number:
-            raise _BadLine(number, f"it is entry {entry.seq}: lines were removed, added or reordered")
+            raise BadLine(number, f"it is entry {entry.seq}: lines were removed, added or reordered")
         if entry.prev != before:
-            raise _BadLine(number, "it does not follow from the line before, which was changed or exchanged")
+            raise BadLine(number, "it does not follow from the line before, which was changed or exchanged")
         before = entry.hash
         yield entry, len(line)
 
 
-def _entry(line: bytes, number: int) -> Entry:
+def entry_of(line: bytes, number: int) -> Entry:
+    """The entry in line `number`, its end included; raises :class:`BadLine` where it could not have been written."""
     if len(line) > LINE_LIMIT:
-        raise _BadLine(number, f"it is longer than {LINE_LIMIT} bytes")
+        raise BadLine(number, f"it is longer than {LINE_LIMIT} bytes")
     if not line.endswith(b"\n"):
-        raise _BadLine(number, "it has no end: a write was torn", torn=line)
+        raise BadLine(number, "it has no end: a write was torn", torn=line)
     try:
         body = parsed(line[:-1])
         as_written = canonical(body) == line[:-1]
     except DecodeError:
-        raise _BadLine(number, "it is not JSON") from None
+        raise BadLine(number, "it is not JSON") from None
     if not isinstance(body, dict) or set(body) != set(FIELDS):
-        raise _BadLine(number, "its fields are not those of an entry")
+        raise BadLine(number, "its fields are not those of an entry")
     if not as_written:
-        raise _BadLine(number, "it is not in the form in which entries are written")
+        raise BadLine(number, "it is not in the form in which entries are written")
     held = body.pop("hash")
     if held != sha256(body):
-        raise _BadLine(number, "its content and its hash do not agree")
+        raise BadLine(number, "its content and its hash do not agree")
     wrong = _wrong(body)
     if wrong is not None:
-        raise _BadLine(number, wrong[0])
+        raise BadLine(number, wrong[0])
     return Entry(**body, hash=held)
 
 
@@ -662,7 +663,7 @@ def _disk(path: Path) -> Generator[None]:
         ) from fault
 
 
-def _damaged(log: str | Path, bad: _BadLine) -> AuditDamaged:
+def _damaged(log: str | Path, bad: BadLine) -> AuditDamaged:
     return AuditDamaged(
         f"Line {bad.line} of the audit log {log} is not what was written: {bad.why}.",
         action="Keep the file as evidence, and begin a new log under another name.",
