@@ -29,6 +29,8 @@ QUESTIONS = (
     "secagg",
     "secagg_flower",
     "encrypted",
+    "sites",
+    "wan",
     "faults",
 )
 """In the order of the page."""

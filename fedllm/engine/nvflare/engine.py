@@ -21,7 +21,7 @@ import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
@@ -447,6 +447,7 @@ class _Trip:
         about = [{**_of(request), "payload": self._digest(request.body)} for request in asked]
         entries = self.engine.sites.notes("send", about)
         letter = _letter(self.engine.leg, asked, orders, left, entries, self.engine.sites.mark)
+        letter = replace(letter, known=[self._digest(blob).sha256 for blob in letter.blobs])
 
         def done(answer: Letter | str) -> None:
             if not loop.is_closed():
@@ -506,7 +507,7 @@ class _Trip:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as fault:
             self._fail(site, f"the site's answer cannot be read ({type(fault).__name__})", undo=True)
             return
-        self._write_down([(asked[name], *pair) for name, pair in found.items()])
+        self._write_down([(asked[name], *pair) for name, pair in found.items()], answer.digests)
         self.engine.orders.done(site, applied)
         for name, (reply, _) in found.items():
             self.replied[name] = reply
@@ -514,10 +515,14 @@ class _Trip:
                 self.engine.forget(asked[name])  # it may have been answered after the site stopped waiting
         self._fail(site, "the site did not answer for it", undo=True)
 
-    def _write_down(self, found: Sequence[tuple[Request, Reply, dict[str, Any]]]) -> None:
-        """What arrived, before anything is made of it."""
-        came = [(request, reply.body, facts) for request, reply, facts in found if reply.body is not None]
-        about = [{**_of(r), "payload": self._digest(body), "peer": facts.get("audit")} for r, body, facts in came]
+    def _write_down(self, found: Sequence[tuple[Request, Reply, dict[str, Any]]], digests: list[str]) -> None:
+        """What arrived, before anything is made of it; `digests` are those of the letter's byte strings."""
+        came = [
+            (request, Digest(digests[facts["body"]], len(reply.body)), facts.get("audit"))
+            for request, reply, facts in found
+            if reply.body is not None
+        ]
+        about = [{**_of(request), "payload": payload, "peer": peer} for request, payload, peer in came]
         self.engine.sites.notes("receive", about)
         gone = [
             {**_of(request), "reason": told(facts.get("refused"), str(reply.error))}
@@ -527,7 +532,7 @@ class _Trip:
         self.engine.sites.notes("lost", gone)
 
     def _digest(self, body: bytes) -> Digest:
-        """Of a body; that which many clients receive is hashed once."""
+        """Of a request's body; that which many clients receive is hashed once."""
         if body not in self._digests:
             self._digests[body] = Digest.of(body)
         return self._digests[body]

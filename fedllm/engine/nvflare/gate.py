@@ -108,7 +108,7 @@ class Gate:
     def requests(self, letter: Letter) -> dict[str, Letter]:
         """Write down what is asked for, and give the answers to what the policy does not allow, by id."""
         run, refused, notes = self._accepted(), dict[str, Letter](), []
-        digests = [Digest.of(blob) for blob in letter.blobs]
+        digests = [Digest(one, len(blob)) for one, blob in zip(letter.digests, letter.blobs, strict=True)]
         for asked in letter.meta["requests"]:
             decision = run.policy.answers(str(asked["op"]), asked["round"], self.now())
             about: dict[str, Any] = {"round": asked["round"], "client": asked["client"], "peer": asked.get("audit")}
@@ -126,16 +126,16 @@ class Gate:
         if meta["body"] is None:
             self.record.note("lost", **about, reason=ClientLost(UNTOLD))
             return Letter(meta)
-        body, parts = reply.blobs[meta["body"]], dict(reply.meta["parts"])
+        body, known, parts = reply.blobs[meta["body"]], reply.digests[meta["body"]], dict(reply.meta["parts"])
         fault = run.policy.lets_out(run.egress, parts, asked["round"], self.now()).fault
         if fault is None and sum(parts.values()) != len(body):
             fault = PolicyRefused(f"An upload of {len(body):,} bytes has parts of {sum(parts.values()):,}.")
         word = "allowed" if fault is None else "refused"
-        entry = self.record.note("send", **about, payload=Digest.of(body), decision=word, reason=fault)
+        entry = self.record.note("send", **about, payload=Digest(known, len(body)), decision=word, reason=fault)
         if fault is not None:
             return Letter({**no(asked, str(fault), refused=True, cost=meta["cost"]).meta, "spent": meta.get("spent")})
         run.egress = run.egress.plus(asked["round"], len(body))
-        return Letter({**meta, "audit": entry}, [body])
+        return Letter({**meta, "audit": entry}, [body], [known])
 
     def lost(self, asked: Sequence[Mapping[str, Any]], reason: str) -> None:
         """Write down clients that could not be answered for."""

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import DecodeError, FedLLMError
-from fedllm.engine import durable
 from fedllm.engine.nvflare.facts import SiteFacts
 from fedllm.engine.nvflare.gate import Gate, no
 from fedllm.engine.nvflare.parts import META_LIMIT, NAME, Letter
@@ -167,7 +166,11 @@ def _listen(pipe: Pipe, letters: queue.Queue[Letter | None]) -> None:
 
 
 class Replies:
-    """Replies on disk by leg and request id, until the round they belong to is settled."""
+    """Replies on disk by leg and request id, until the round they belong to is settled.
+
+    They are of use to this process alone (a job begins without any), so nothing waits until they are safe from a
+    failure of power.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -179,11 +182,14 @@ class Replies:
                 file.unlink(missing_ok=True)
 
     def put(self, leg: str, reply: Letter) -> None:
-        """Keep a reply; it is on disk when this returns."""
+        """Keep a reply; it appears whole or not at all."""
         facts = json.dumps({"meta": reply.meta, "sizes": [len(blob) for blob in reply.blobs]}).encode()
-        durable.write(
-            self._file(leg, reply.meta["id"]), b"".join([len(facts).to_bytes(8, "little"), facts, *reply.blobs])
-        )
+        file = self._file(leg, reply.meta["id"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        with partial.open("wb") as handle:
+            handle.writelines([len(facts).to_bytes(8, "little"), facts, *reply.blobs])
+        partial.replace(file)
 
     def get(self, leg: str, name: str) -> Letter | None:
         """The reply to a request, where it was answered before."""
@@ -337,15 +343,15 @@ def _error(reason: str) -> Letter:
 def _replies(found: Sequence[Letter], applied: int | None) -> Letter:
     """Replies of several clients as one letter; equal bodies travel once."""
     blobs: list[bytes] = []
-    places: dict[bytes, int] = {}
+    places: dict[str, int] = {}
     facts = []
     for reply in found:
         meta = {key: value for key, value in reply.meta.items() if key not in ("op", "n")}
         if meta["body"] is not None:
-            body = reply.blobs[meta["body"]]
-            if body not in places:
-                places[body] = len(blobs)
+            body, digest = reply.blobs[meta["body"]], reply.digests[meta["body"]]
+            if digest not in places:
+                places[digest] = len(blobs)
                 blobs.append(body)
-            meta["body"] = places[body]
+            meta["body"] = places[digest]
         facts.append(meta)
-    return Letter({"op": "replies", "replies": facts, "applied": applied}, blobs)
+    return Letter({"op": "replies", "replies": facts, "applied": applied}, blobs, list(places))

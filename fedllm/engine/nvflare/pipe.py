@@ -15,6 +15,9 @@ from typing import Any
 from fedllm.core.errors import DecodeError
 from fedllm.engine.nvflare.parts import META_LIMIT, Letter
 
+ATONCE = 2**30
+"""Bytes of one call of the system, which takes less than 2 GiB."""
+
 
 class Closed(Exception):
     """The other end is gone."""
@@ -44,7 +47,7 @@ class Pipe:
         if length > META_LIMIT:
             raise DecodeError(f"A frame claims facts of {length} bytes.", f"At most {META_LIMIT} are allowed.")
         facts: dict[str, Any] = json.loads(self._exactly(length))
-        return Letter(facts["meta"], [bytes(self._exactly(int(size))) for size in facts["sizes"]])
+        return Letter(facts["meta"], [self._exactly(int(size)) for size in facts["sizes"]])
 
     def close(self) -> None:
         """End the connection, also under a thread that waits for a letter."""
@@ -52,15 +55,16 @@ class Pipe:
             self.end.shutdown(socket.SHUT_RDWR)
         self.end.close()
 
-    def _exactly(self, size: int) -> bytearray:
-        found, at = bytearray(size), 0
-        view = memoryview(found)
-        while at < size:
+    def _exactly(self, size: int) -> bytes:
+        """So many bytes; as a rule one call of the system gives them all, without a copy."""
+        found, left = list[bytes](), size
+        while left:
             try:
-                count = self.end.recv_into(view[at:])
+                piece = self.end.recv(min(left, ATONCE), socket.MSG_WAITALL)
             except OSError as fault:
                 raise Closed(str(fault)) from fault
-            if count == 0:
+            if not piece:
                 raise Closed("the other end is gone")
-            at += count
-        return found
+            found.append(piece)
+            left -= len(piece)
+        return b"".join(found)

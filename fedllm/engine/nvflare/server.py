@@ -44,7 +44,7 @@ RESULTS = (
     "adapter",
 )
 """What of a run's folder is also put into FLARE's, from where the one who submitted the job can fetch it."""
-TOLD = ("model", "round", "used", "loss", "lost", "rejected", "failed", "bytes_up", "bytes_down", "seconds")
+TOLD = ("model", "round", "used", "loss", "lost", "rejected", "failed", "bytes_up", "bytes_down", "seconds", "guard")
 """What of a round is told to a coordinator who asks while the run is under way."""
 TOLD_ROUNDS = 500
 """Rounds that are told at most, the newest."""
