@@ -274,7 +274,7 @@ def strike(net: Net, kind: str, site: str) -> bool:
 
 
 def storm(net: Net, recipe: dict[str, Any], faults: int, seed: int) -> float:
-    """Play the run while faults strike, each after a round more; gives the seconds it took."""
+    """Play the run while faults strike, each when a round more is over than when the last one began; gives seconds."""
     from fedllm.engine.nvflare import session
 
     draw = random.Random(seed)
@@ -299,7 +299,6 @@ def storm(net: Net, recipe: dict[str, Any], faults: int, seed: int) -> float:
                 plan.pop()
                 net.struck[kind] += 1
                 print(f"round {there}: {WORDS[kind]} ({site})", file=sys.stderr, flush=True)
-            seen = len(net.rounds())
     return time.monotonic() - begun
 
 

@@ -620,8 +620,11 @@ class Leg:
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint; True where the leg is already finished."""
-        checkpoint = self.folder.load(self.name) if self.folder else None
-        if checkpoint is None or self.folder is None:
+        if self.folder is None:
+            return False
+        checkpoint = self.folder.load(self.name)
+        if checkpoint is None:
+            self.folder.forget(self.name)
             return False
         self.state, self.server.meter = checkpoint.state, checkpoint.meter
         self.stores.restore(checkpoint.private)

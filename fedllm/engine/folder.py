@@ -116,6 +116,18 @@ class RunFolder:
             with file.open("r+b") as handle:
                 handle.truncate(length)
 
+    def forget(self, leg: str) -> None:
+        """Drop what a leg logged that was interrupted before its first checkpoint; legs follow one another."""
+        file, kept = self.path / "metrics.jsonl", 0
+        for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
+            try:
+                if json.loads(line).get("model") == leg:
+                    break
+            except json.JSONDecodeError:
+                break
+            kept += len(line)
+        self.cut_metrics(kept)
+
     def private(self, leg: str) -> Path:
         """Where a leg's private stores lie."""
         return self.path / "checkpoints" / leg / "private"
