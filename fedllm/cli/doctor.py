@@ -5,11 +5,11 @@ Bytes are those of a real trial round, measured; time is that of three short rou
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
@@ -286,6 +286,8 @@ def _cached(recipe: Recipe) -> bool:
 
 def _needs(recipe: Recipe) -> Iterator[Finding]:
     """Memory, bytes, time and disk."""
+    import asyncio
+
     from fedllm.models import load
     from fedllm.models.footprint import available_bytes
     from fedllm.report.words import bytes_text
@@ -362,10 +364,10 @@ async def try_rounds(ground: Ground) -> Trial:
     up, down = record.bytes_up // max(1, record.used), record.bytes_down // max(1, len(record.cohort))
     step = max(0.0, (seconds[2] - seconds[1]) / 2)
     measured = ground.measured[:size]
-    began = asyncio.get_running_loop().time()
+    began = time.perf_counter()
     if measured:
         await evaluate(leg.method, leg.state, leg.server, measured)
-    measure = (asyncio.get_running_loop().time() - began) / max(1, len(measured))
+    measure = (time.perf_counter() - began) / max(1, len(measured))
     return Trial(size, max(0.0, seconds[1] - step), step, measure, up, down, None, tuple(reasons))
 
 
