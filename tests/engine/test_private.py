@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedllm.core.errors import ConfigError, RunError
 from fedllm.core.wire import decode
-from fedllm.engine.private import BUDGET, PrivateStore, PrivateView
+from fedllm.engine.private import BUDGET, PrivateStore
 
 NAMES = ("control", "note", "params")
 
@@ -375,16 +376,16 @@ def test_a_store_without_room_holds_the_same(steps: list[tuple[str, str]]) -> No
 
 
 def test_resting_entries_leave_memory_beyond_the_budget(tmp_path: Path) -> None:
-    store, big = PrivateStore(NAMES, tmp_path, 3000), torch.ones(500)
+    store, big, views = PrivateStore(NAMES, tmp_path, 3000), torch.ones(500), list[Any]()
     for number in range(4):
         view = store.open(f"c{number}")
         view["params"] = {"w": big * number}
         assert len(files(tmp_path)) == (0 if number < 2 else 2), "two of 2,000 bytes pass 3,000"
         store.rest(f"c{number}")
+        views.append(weakref.ref(view))
         del view
     gc.collect()
-    held = [one for one in gc.get_objects() if isinstance(one, PrivateView)]
-    assert not held and len(files(tmp_path)) == 4
+    assert not any(view() for view in views) and len(files(tmp_path)) == 4
     assert store.manifest() == {}, "nothing is kept before the round is settled"
     store.settle(["c1", "c3"])
     assert set(store.manifest()) == {"c1", "c3"} and len(files(tmp_path)) == 4

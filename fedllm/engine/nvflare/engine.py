@@ -209,6 +209,9 @@ class FlareEngine:
         own: answers for the client `server`; None: nobody does.
         guard: hears what clients have spent of their privacy.
         hurried: whether replies are given on as they come; else in the order of the requests.
+
+    Attributes:
+        unsaved: sites with clients whose uploads were used since it was last told what they keep.
     """
 
     def __init__(
@@ -226,6 +229,7 @@ class FlareEngine:
         self.orders = Orders(sites)
         self.stores = RemoteStores(self, stores)
         self._sessions: dict[str, str] = {}
+        self.unsaved: set[str] = set()
         self.round = 0
 
     @property
@@ -294,6 +298,8 @@ class FlareEngine:
         for site in self.sites.names:
             own = sorted({client for client in accepted if self.sites.home.get(client) == site})
             self.orders.to(site, {"do": "settle", "clients": own})
+            if own:
+                self.unsaved.add(site)
 
     def forget(self, request: Request) -> None:
         """What a client's turn left is undone: its answer was not, or will not be, used."""
@@ -338,12 +344,24 @@ class RemoteStores:
         self._known: dict[str, dict[str, str]] = {}
 
     def manifest(self) -> dict[str, str]:
-        """Client -> the file of its entry at its site; of a site that is lost, what it said last."""
+        """Client -> the file of its entry at its site; of a site that is lost, what it said last.
+
+        Raises:
+            RunError: a site was lost before it said what its clients keep of uploads that were used: to go on would
+                be to count an upload and to forget its other half.
+        """
         if not self.used:
             return {}
         for site, answer in self._ask(lambda site: {}).items():
             if isinstance(answer, Letter):
                 self._known[site] = self._own(answer.meta["manifest"], site)
+                self.engine.unsaved.discard(site)
+            elif site in self.engine.unsaved:
+                raise RunError(
+                    f"{site} was lost after its uploads of round {self.engine.round} were used: {answer.rstrip('.')}.",
+                    "What its clients keep of them is not known.",
+                    action="The run goes on from its last checkpoint, which is before that round.",
+                )
         if self._own_store is not None:
             self._known[SERVER] = self._own_store.manifest()
         return dict(sorted(pair for known in self._known.values() for pair in known.items()))
@@ -352,6 +370,7 @@ class RemoteStores:
         """Go back to a checkpoint's entries; raises :class:`RunError` where a site cannot."""
         if not self.used:
             return
+        self.engine.unsaved.clear()
         if self._own_store is not None:
             self._own_store.restore({client: file for client, file in manifest.items() if client == SERVER})
         own = {site: self._own(manifest, site) for site in self.engine.sites.names}
@@ -387,6 +406,8 @@ class RemoteStores:
         facts = {"op": "stores", "leg": engine.leg, "checkpoint": engine.sites.mark}
         letters = {s: Letter({**facts, "orders": engine.orders.of(s), **more(s)}) for s in engine.sites.names}
         answers = engine.sites.ask(letters)
+        died = {s: letters[s] for s, a in answers.items() if isinstance(a, Letter) and a.meta.get("died")}
+        answers |= engine.sites.ask(died) if died else {}  # its worker is started again, and finds all of it on disk
         for site, answer in answers.items():
             if isinstance(answer, Letter) and answer.op == "stores":
                 engine.orders.done(site, answer.meta["applied"])

@@ -171,6 +171,8 @@ class Loopback:
                     return
                 self.asked.append((site, letter))
                 self.before(site, letter)
+                if site in self.away:
+                    return
                 if letter.op == "end" and self.endless:
                     done("it does not hear it")
                     return

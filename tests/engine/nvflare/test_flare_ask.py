@@ -97,6 +97,31 @@ def test_a_worker_that_dies_between_rounds_loses_nothing(post: rig.Loopback, pla
     assert killed and same(home.state, away.state)
 
 
+def test_a_site_lost_after_its_uploads_were_used_is_no_half_round(post: rig.Loopback, place: Path, home: Any) -> None:
+    """It cannot say what its clients keep of the round: the round is not saved, and is played again when it is back."""
+
+    def before(site: str, letter: Letter) -> None:
+        settles = [order for order in letter.meta.get("orders", []) if order["do"] == "settle" and order["clients"]]
+        if letter.op == "stores" and settles and len(rounds(post, "half")) == 3 and not post.away:
+            post.away.add(site)  # the letter does not arrive
+
+    post.before = before
+    with pytest.raises(RunError, match="after its uploads of round 3 were used"):
+        across(post, place, "half", **SCAFFOLD, evaluation={"every": 2, "against": []})
+    assert (place / "server" / "fedllm" / "runs" / "half" / "checkpoints" / "federated").is_dir()
+    post.before = lambda site, letter: None
+    post.away.clear()
+    away = across(post, place, "half", **SCAFFOLD, evaluation={"every": 2, "against": []})
+    assert same(home.state, away.state) and rounds(post, "half") == [1, 2, 3, 4]
+
+
+def rounds(post: rig.Loopback, run: str) -> list[int]:
+    """The rounds in a run's record."""
+    file = post.folder / "server" / "fedllm" / "runs" / run / "metrics.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    return [line["round"] for line in lines if line["event"] == "round"]
+
+
 def test_labels_of_all_sites_in_a_secure_sum(tmp_path: Path) -> None:
     """No site has all labels, and the server sees sums alone: a conversation of five letters with every client."""
     pytest.importorskip("cryptography")
