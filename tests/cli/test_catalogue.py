@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
 from fedllm.cli import complete
@@ -9,6 +12,7 @@ from fedllm.cli.catalogue import MARKS, entries
 from fedllm.cli.options import as_yaml, options, recipe_options
 from fedllm.core.errors import ConfigError
 from fedllm.core.train import Train
+from fedllm.effects import Evidence, verify, verify_all
 from fedllm.methods import methods
 from fedllm.protocols import protocols
 from tests.cli.lines import as_json, invoke, ok
@@ -122,13 +126,20 @@ def test_verify_prints_claim_beside_measurement_and_leaves_with_1_where_it_fails
     assert missing.exit_code == 2 and "There is no effect check" in missing.stderr
 
 
-def test_checks_run_side_by_side_in_the_order_of_their_keys():
-    from fedllm.effects import verify_all
+def checked(key: str) -> Evidence:
+    """A check that another process can find; the first key takes longest."""
+    if key == "wrong":
+        verify(key)
+    time.sleep(1.0 if key == "a" else 0.0)
+    return Evidence(key, "", os.environ["OMP_NUM_THREADS"], True, {"process": float(os.getpid())})
 
-    keys = ["scaffold", "fedyogi", "fedavgm"]
-    assert [evidence.key for evidence in verify_all(keys, 2)] == keys
+
+def test_checks_run_side_by_side_in_the_order_of_their_keys():
+    found = list(verify_all(["a", "b", "c"], 2, checked))
+    assert [evidence.key for evidence in found] == ["a", "b", "c"] and {one.measured for one in found} == {"1"}
+    assert len({one.numbers["process"] for one in found} - {float(os.getpid())}) == 2
     with pytest.raises(ConfigError, match="There is no effect check"):
-        list(verify_all(["fedavgm", "fedavgmm"], 2))
+        list(verify_all(["a", "wrong"], 2, checked))
 
 
 def test_recipes_are_listed_with_what_they_are_about():
