@@ -13,9 +13,10 @@ from fedllm.cli.main import app, debug_first
 from tests.cli.lines import ENVIRONMENT, MAIN, invoke, ok, outside
 
 COMMANDS = (
-    "attack chat compare data deploy doctor explain export join methods new-method profit recipes report resume run "
-    "verify data build, data stats, data stream, deploy add-site, deploy audit, deploy fetch, deploy log, deploy "
-    "provision, deploy resume, deploy revoke, deploy run, deploy start, deploy status, deploy stop"
+    "attack chat compare dash data deploy doctor explain export join methods new-method profit recipes report resume "
+    "run verify data build, data stats, data stream, deploy add-site, deploy audit, deploy fetch, deploy install, "
+    "deploy log, deploy provision, deploy renew, deploy request, deploy resume, deploy revoke, deploy run, deploy sign, "
+    "deploy start, deploy status, deploy stop"
 )
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy", "pandas", "sklearn", "yaml", "fedllm.core")
 
