@@ -15,8 +15,8 @@ from tests.cli.lines import ENVIRONMENT, MAIN, invoke, ok, outside
 COMMANDS = (
     "attack chat compare dash data deploy doctor explain export join methods new-method profit recipes report resume "
     "run verify data build, data stats, data stream, deploy add-site, deploy audit, deploy fetch, deploy install, "
-    "deploy log, deploy provision, deploy renew, deploy request, deploy resume, deploy revoke, deploy run, deploy sign, "
-    "deploy start, deploy status, deploy stop"
+    "deploy log, deploy provision, deploy renew, deploy request, deploy resume, deploy revoke, deploy run, "
+    "deploy sign, deploy start, deploy status, deploy stop"
 )
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy", "pandas", "sklearn", "yaml", "fedllm.core")
 
