@@ -8,6 +8,7 @@ counted twice or lost.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -388,7 +389,8 @@ def measure(quick: bool) -> list[tuple[str, ...]]:
     from fedllm.sites import audit
 
     recipe = load_recipe({**RECIPE, "rounds": rounds}).model_dump(mode="json")
-    with tempfile.TemporaryDirectory(prefix="fedllm-faults-") as folder:
+    quiet = contextlib.redirect_stdout(sys.stderr)  # FLARE's own words are no part of the table
+    with tempfile.TemporaryDirectory(prefix="fedllm-faults-") as folder, quiet:
         net = network(Path(folder))
         try:
             for name in (SERVER, *SITES):
