@@ -161,6 +161,8 @@ def test_fedit_on_t0_tasks_as_at_home(net: Net) -> None:
     with gzip.open(source, "rt") as file:
         for line in file:
             row = json.loads(line)
+            if len(row["instruction"]) + len(row["response"]) > 300:
+                continue  # longer ones lose their response at 128 tokens
             if len(held := tasks.setdefault(row["task"], [])) < 12:
                 held.append(row)
             if sum(len(rows) == 12 for rows in tasks.values()) == len(rig.CLIENTS):
