@@ -29,11 +29,11 @@ class Source:
 
     def refresh(self, until: float) -> bool:
         """Read on until the time `until` (`time.monotonic`); True where everything there is has been read."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define refresh.")
 
     def page(self, run: str | None) -> Page | None:
         """The first page, or that of a run; None where there is no such run."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define page.")
 
     def close(self) -> None:
         """Let go of what is open."""

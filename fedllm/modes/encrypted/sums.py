@@ -80,7 +80,7 @@ class HiddenSum(Guard):
             values: [D], what is encrypted.
             shown: what travels in the open; None for nothing.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define give.")
 
     async def summed(
         self, server: Server, method: Method, asked: Mapping[str, Received], size: int, deadline: float | None
@@ -100,7 +100,7 @@ class HiddenSum(Guard):
         Raises:
             RoundFailed: there is no sum, with the reason.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define summed.")
 
     # -- at a client --------------------------------------------------------------------------------------------------
 
