@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import shutil
 import statistics
@@ -19,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.across.line import HUB, Line, Namespace, lines, received
+from benchmarks.across.line import HUB, Namespace, lines, received
 from benchmarks.across.network import Net, network, tidy
 from benchmarks.show import main
 from docs.markers import ROOT
 from fedllm.core.errors import ConfigError, RunError
+from fedllm.engine.nvflare.forecast import Line, round_seconds
 
 QUESTION = "Do rounds over slow lines take the bytes and the time that are forecast?"
 HEAD = (
@@ -124,24 +124,9 @@ def forecast(folder: Path, rank: int) -> Forecast:
     return Forecast(tried.down, tried.up, tried.fixed + tried.step)
 
 
-def over_line(expected: Forecast, line: Line) -> float:
-    """Seconds of a round of sites with such a line each: work, bytes, waiting for answers, and a pause."""
-    from fedllm.engine.nvflare.job import POLL
-
-    moved = 8 * (expected.down + expected.up) / line.rate
-    return expected.seconds + moved + trips(expected) * 2 * line.delay + POLL
-
-
-def trips(expected: Forecast) -> int:
-    """How often in one round an end asks the other over the line and waits for the answer.
-
-    A site's last result is confirmed and its next question answered, which takes one and a half; it asks whether its
-    result is still wanted, one; the result travels, one half. A letter above `INLINE` is fetched by whom it is for: one
-    question for each of its parts, and one that finds nothing more.
-    """
-    from fedllm.engine.nvflare.parts import INLINE, PART
-
-    return 3 + sum(math.ceil(size / PART) + 1 for size in (expected.down, expected.up) if size > INLINE)
+def over_line(expected: Forecast) -> float:
+    """Seconds of a round of a site, as `fedllm doctor --line` finds them."""
+    return round_seconds(LINE, expected.down, expected.up, expected.seconds)
 
 
 def played(net: Net, places: Mapping[str, Namespace], rank: int, rounds: int) -> list[Round]:
@@ -216,7 +201,7 @@ def _end() -> None:
 
 def row(rank: int, expected: Forecast, found: Sequence[Round]) -> tuple[str, ...]:
     """One line of the table."""
-    foreseen = (expected.down + expected.up) / 1e6, over_line(expected, LINE)
+    foreseen = (expected.down + expected.up) / 1e6, over_line(expected)
     moved = [(one.down + one.up) / 1e6 for one in found], [one.seconds for one in found]
     off = [statistics.median(values) / value - 1 for values, value in zip(moved, foreseen, strict=True)]
     cells = []

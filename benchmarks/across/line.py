@@ -19,9 +19,10 @@ import struct
 import subprocess
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fedllm.engine.nvflare.forecast import Line
 
 HUB = "10.77.0.1"
 """The address at which every site reaches the server."""
@@ -31,19 +32,6 @@ BACKLOG = 1000
 TUNSETIFF, TUN, PLAIN = 0x400454CA, 0x0001, 0x1000
 """From the kernel's linux/if_tun.h: make a device; one of IP packets; without a header of its own."""
 NEWNET = 0x40000000
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line.
-
-    Attributes:
-        rate: bits per second, in each direction.
-        delay: seconds of one way.
-    """
-
-    rate: float
-    delay: float
 
 
 def command(*words: str) -> None:

@@ -24,6 +24,7 @@ from fedllm.cli.running import Json, Overrides
 
 if TYPE_CHECKING:
     from fedllm.data.federation import Federation
+    from fedllm.engine.nvflare.forecast import Line
     from fedllm.recipe import Recipe
     from fedllm.run import Ground
 
@@ -94,9 +95,27 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     trial: Annotated[bool, typer.Option(help="Load the model and play three short rounds.")] = True,
+    line: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE,DELAY",
+            help="Judge rounds across sites, too, with such a line each: 20mbit,50ms.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What is missing, and what a recipe will need: memory, bytes, time. Leaves with 1 where a run would fail."""
+    from fedllm.core.errors import ConfigError
+    from fedllm.engine.nvflare.forecast import Line
+
+    between = None if line is None else Line.of(line)
+    if between is not None and (recipe is None or not trial):
+        raise ConfigError(
+            "--line is given without a recipe to try.",
+            "The bytes of a round are those of a trial.",
+            action="Name a recipe, and leave out --no-trial.",
+        )
     with screen.loading("Looking"):
         found = list(machine())
     if recipe is not None:
@@ -105,7 +124,7 @@ def doctor(
 
             load_plugins()
             settled = load_recipe(recipe, list(overrides or []))
-            found += judge(settled, trial)
+            found += judge(settled, trial, between)
     if as_json:
         screen.emit({"findings": [asdict(one) for one in found]})
     else:
@@ -225,8 +244,9 @@ def _version(name: str) -> str | None:
 # --- the recipe --------------------------------------------------------------------------------------------------
 
 
-def judge(recipe: Recipe, trial: bool) -> Iterator[Finding]:
-    """What a recipe needs; what would be refused is a problem, and what follows from it is left out."""
+def judge(recipe: Recipe, trial: bool, line: Line | None = None) -> Iterator[Finding]:
+    """What a recipe needs (across sites, too, with such a line each); what would be refused is a problem, and what
+    follows from it is left out."""
     from fedllm.core.errors import FedLLMError
     from fedllm.data.federation import Federation
     from fedllm.run import method_of
@@ -242,7 +262,7 @@ def judge(recipe: Recipe, trial: bool) -> Iterator[Finding]:
         there = _model(recipe)
         yield there
         if trial and there.verdict == "ok":
-            yield from _needs(recipe)
+            yield from _needs(recipe, line)
     except FedLLMError as fault:
         near = f" Did you mean '{fault.nearest}'?" if fault.nearest else ""
         yield Finding(stage, "problem", f"{fault.given} {fault.allowed}{near}".strip(), fault.action)
@@ -284,7 +304,7 @@ def _cached(recipe: Recipe) -> bool:
     return held("config.json") and any(held(name) for name in weights)
 
 
-def _needs(recipe: Recipe) -> Iterator[Finding]:
+def _needs(recipe: Recipe, line: Line | None) -> Iterator[Finding]:
     """Memory, bytes, time and disk."""
     import asyncio
 
@@ -312,9 +332,12 @@ def _needs(recipe: Recipe) -> Iterator[Finding]:
     total = f"{bytes_text(up * recipe.rounds)} up and {bytes_text(down * recipe.rounds)} down in {recipe.rounds} rounds"
     yield Finding("bytes", "ok", f"{text}; {total}")
     legs = 1 + sum(name != "base" for name in recipe.evaluation.against)
-    seconds = expected_seconds(recipe, ground, tried, method_of(recipe).train.step_count, legs)
+    step_count = method_of(recipe).train.step_count
+    seconds = expected_seconds(recipe, ground, tried, step_count, legs)
     passes = f"{ground.width.clients} clients in a pass: {ground.width.why}"
     yield Finding("time", "ok", f"about {_duration(seconds)} for {legs} models; {passes}")
+    if line is not None:
+        yield _across(recipe, ground, tried, step_count, line)
     yield _disk(recipe, legs, tried, len(ground.federation.client_ids))
 
 
@@ -373,14 +396,32 @@ async def try_rounds(ground: Ground) -> Trial:
 
 def expected_seconds(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any, legs: int) -> float:
     """Seconds of all models of a run, from a trial."""
-    ids = ground.federation.client_ids
-    steps = sum(steps_of(ground.federation.size(client)) for client in ids) / len(ids)
-    passes = math.ceil(recipe.cohort_size(len(ids)) / max(1, tried.clients))
+    steps = _steps(ground, steps_of)
+    passes = math.ceil(recipe.cohort_size(len(ground.federation.client_ids)) / max(1, tried.clients))
     every = recipe.evaluation.every
     times = 1 if not every else recipe.rounds // every + (recipe.rounds % every > 0)
     measured = len(ground.measured) * tried.measure
     base = measured if "base" in recipe.evaluation.against else 0.0
     return legs * (recipe.rounds * passes * (tried.fixed + steps * tried.step) + times * measured) + base
+
+
+def _across(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any, line: Line) -> Finding:
+    """Time of rounds across sites, each with one client of a round and trained as fast as here."""
+    from fedllm.engine.nvflare.forecast import round_seconds
+
+    work = tried.fixed + _steps(ground, steps_of) * tried.step
+    seconds = round_seconds(line, tried.down, tried.up, work)
+    text = (
+        f"about {seconds:.1f} s a round, {_duration(seconds * recipe.rounds)} in {recipe.rounds} rounds, with one "
+        f"client a site and a line of {line}; {work:.1f} s of a round are training"
+    )
+    return Finding("across sites", "ok", text)
+
+
+def _steps(ground: Ground, steps_of: Any) -> float:
+    """Local steps of a client, on average."""
+    ids = ground.federation.client_ids
+    return sum(steps_of(ground.federation.size(client)) for client in ids) / len(ids)
 
 
 def _disk(recipe: Recipe, legs: int, tried: Trial, clients: int) -> Finding:

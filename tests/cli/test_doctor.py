@@ -35,6 +35,21 @@ def test_a_recipe_with_its_memory_bytes_time_and_disk(place):
     assert sorted(file.name for file in place.folder.glob("runs/*")) == ["tiny"]  # nothing was written
 
 
+def test_rounds_across_sites_over_a_line(place):
+    slow, fast = (
+        findings(place.recipe, "--line", line)["across sites"]["text"] for line in ("1mbit,500ms", "1gbit,0ms")
+    )
+    seconds = [float(text.split()[1]) for text in (slow, fast)]
+    assert seconds[0] > seconds[1] + 3 * 2 * 0.5  # three times there and back, at least
+    assert "with one client a site and a line of 1 Mbit/s and 500 ms" in slow
+
+
+def test_a_line_without_a_recipe_is_refused():
+    for words in (["--line", "20mbit,50ms"], ["x.yaml", "--no-trial", "--line", "20mbit,50ms"]):
+        assert "Name a recipe" in invoke("doctor", *words).stderr
+    assert "is no line" in invoke("doctor", "--line", "fast").stderr
+
+
 def test_no_trial_loads_no_model(place, monkeypatch):
     monkeypatch.setattr(sys.modules["fedllm.run"], "prepare", lambda *_: pytest.fail("the model was loaded"))
     found = findings(place.recipe, "--no-trial")
