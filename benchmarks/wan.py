@@ -23,7 +23,7 @@ from benchmarks.across.network import Net, network, tidy
 from benchmarks.show import main
 from docs.markers import ROOT
 from fedllm.core.errors import ConfigError, RunError
-from fedllm.engine.nvflare.forecast import Line, round_seconds
+from fedllm.engine.nvflare.forecast import Line, carried, round_seconds
 
 QUESTION = "Do rounds over slow lines take the bytes and the time that are forecast?"
 HEAD = (
@@ -41,11 +41,8 @@ LINE = Line(rate=20e6, delay=0.05)
 NOTE = (
     "A server and three sites, each in a network namespace of its own with a line of 20 Mbit/s and 50 ms each way that "
     "delays every packet; real runs of fedavg on the toy model, one step a round, of which the first round does not "
-    "count. Bytes are forecast by `fedllm doctor`, and measured at the ends of the lines with TLS, TCP/IP and FLARE's "
-    "questions for work in them. Seconds are forecast as what the doctor's trial took, and the bytes over the rate of "
-    "the line, and 100 ms for each time that one end waits for the other's answer (3 times in a round, and for a "
-    "letter above 1 MiB once for each of its parts of 32 MiB and once more), and the pause of a site between two "
-    "questions for work. Medians (lowest-highest) of rounds."
+    "count. The forecast is that of `fedllm doctor --line 20mbit,50ms` before the run; bytes are measured at the ends "
+    "of the lines, with TLS, TCP/IP and FLARE's questions for work in them. Medians (lowest-highest) of rounds."
 )
 SERVER = "hub.bench"
 SITES = ("site-1", "site-2", "site-3")
@@ -201,7 +198,7 @@ def _end() -> None:
 
 def row(rank: int, expected: Forecast, found: Sequence[Round]) -> tuple[str, ...]:
     """One line of the table."""
-    foreseen = (expected.down + expected.up) / 1e6, over_line(expected)
+    foreseen = (carried(expected.down) + carried(expected.up)) / 1e6, over_line(expected)
     moved = [(one.down + one.up) / 1e6 for one in found], [one.seconds for one in found]
     off = [statistics.median(values) / value - 1 for values, value in zip(moved, foreseen, strict=True)]
     cells = []

@@ -35,6 +35,8 @@ from fedllm.core.work import Rows
 from fedllm.data.federation import Federation
 from fedllm.data.statistics import statistics
 from fedllm.engine.folder import Checkpoint, RunFolder
+from fedllm.engine.lasting import FILE as PRIVACY
+from fedllm.engine.lasting import lasting
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.engine.rounds import RoundRecord, evaluate, play_round
 from fedllm.engine.width import Width, choose
@@ -355,6 +357,14 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
     if recipe.privacy is not None:
         from fedllm.modes.privacy.guard import guard_of as private
 
+        if recipe.privacy.level == "example" and recipe.task.pack:
+            raise ModeConflict(
+                "task.pack=true with privacy.level=example: rows are joined and cut, so that one row is in several "
+                "examples and moves those behind it.",
+                "The unit of privacy is one row, which has to be one example.",
+                action="Set task.pack=false.",
+            )
+
         found = private(recipe.privacy, method, sizes, cohort, recipe.rounds, recipe.seed)
     if recipe.secure is not None:
         from fedllm.modes.secagg.compose import secured
@@ -367,7 +377,9 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
     if recipe.defence or recipe.attack:
         from fedllm.modes.robust import robust_guard
 
-        found = robust_guard(recipe.attack, recipe.defence, found, method, list(sizes), recipe.rounds, recipe.seed)
+        labels = (federation.labels or ()) if recipe.attack else ()
+        how = list(sizes), recipe.rounds, recipe.seed, labels
+        found = robust_guard(recipe.attack, recipe.defence, found, method, *how)
     return found
 
 
@@ -501,7 +513,9 @@ class Leg:
         self.name, self.method, self.ground, self.folder, self.watch = name, method, ground, folder, watch
         recipe = ground.recipe
         private = folder.private(name) if folder else None
-        guard = guard or (ground.guard if name == FEDERATED else Guard())
+        guard = guard or (ground.guard if name == FEDERATED else ground.guard.beside())
+        if folder is not None and guard.lasts:
+            lasting(guard, folder.path / PRIVACY)
         engine, self.stores = ground.engine(name, method, private, debug, guard)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)
         codec = codec_of(recipe)

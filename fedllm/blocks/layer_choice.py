@@ -28,6 +28,9 @@ from fedllm.core.work import Client
 class ChoosesLayers(Method, abstract=True):
     """Keeps in `state.numbers`: `shared` (the chosen layers, ascending), `share` and `scores` (one per layer)."""
 
+    asks = ("score_layers", "warm", "measure_share")
+    only_fits = False
+
     share: float | None = Field(None, gt=0, le=1)
     """Share of the layers to send; null measures it on the spectrum of the loss after the warm-up."""
     warm_up: int = Field(10, ge=1)

@@ -25,11 +25,22 @@ if TYPE_CHECKING:
     from fedllm.core.work import Request
 
 
+MEASURING = ("evaluate", "evaluate_base")
+"""Client-side functions whose answers are measurements of held-out rows."""
+
+
 class Guard:
     """No protection: the method's own cohort and its own reducers."""
 
     def allow(self, op: str, client: str) -> None:
-        """Raise :class:`~fedllm.core.errors.ModeConflict` where a client must not be asked for `op`."""
+        """Raise :class:`~fedllm.core.errors.ModeConflict` where a client must not be asked for `op`.
+
+        Server and client ask this, each its own guard: neither has to trust the other.
+        """
+
+    def beside(self) -> Guard:
+        """The guard of the other models of a run, which clients train to compare with."""
+        return Guard()
 
     def stops(self, round: int) -> str | None:
         """Why the run must end before this round; None where it may be played."""
@@ -70,7 +81,9 @@ class Guard:
     # -- at a client --------------------------------------------------------------------------------------------------
 
     hides: ClassVar[bool] = False
-    """Whether a client half may not read its rows in `work`, nor send measurements of them."""
+    """Whether a client half may not read its rows in `work`, nor its training rows in a measurement."""
+    quiet: ClassVar[bool] = False
+    """Whether what was measured in training, such as its loss, stays at the client."""
     private: tuple[str, ...] = ()
     """Names it may keep in a client's private store."""
 
@@ -96,9 +109,15 @@ class Guard:
 
     # -- between a site and the server --------------------------------------------------------------------------------
 
+    lasts: ClassVar[bool] = False
+    """Whether the server releases nothing before :attr:`keep` has written down what it costs."""
     keep: Callable[[Json], None] | None = None
-    """At a site: writes :meth:`to_json` to disk before a client does what spends of its privacy. None: the run's own
-    checkpoints keep it."""
+    """Writes :meth:`to_json` to disk before something is done that spends privacy. None: the run's own checkpoints
+    keep it, later."""
+
+    def recall(self, facts: Json) -> None:
+        """Take from what :attr:`keep` wrote last what must not be forgotten, whatever checkpoint is gone on from."""
+        self.restore(facts, {})
 
     def spent(self, client: str) -> Json:
         """At a site: what was spent of a client's privacy, for the server; None where nothing was."""
@@ -127,6 +146,12 @@ class Guard:
 
     def restore(self, facts: Json, memory: Tensors) -> None:
         """Go on from :meth:`to_json` and :meth:`memory`."""
+
+
+class Quiet(Guard):
+    """What is measured in training stays at the client; a model to compare with, beside one that is protected."""
+
+    quiet = True
 
 
 class PrivateFit(Protocol):

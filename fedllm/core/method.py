@@ -51,8 +51,11 @@ class Method(BaseModel):
     """In what the groups of a run may differ: the ranks of their LoRA, their models."""
     public: ClassVar[bool] = False
     """Whether it needs public rows (the recipe's `data.public`)."""
+    asks: ClassVar[tuple[str, ...]] = ()
+    """Client-side functions that its server half asks for in a run, beside `work` and measurements."""
     only_fits: ClassVar[bool] = True
-    """Whether `work` does nothing with a client's rows but train on them; else single rows cannot be kept private."""
+    """Whether clients do nothing with their training rows but train on them in `work`; else single rows cannot be kept
+    private."""
 
     train: Train = Train()  # pyright: ignore[reportCallIssue]
     """Local training (the recipe's section `train`)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import secrets
 from typing import TYPE_CHECKING
 
 import numpy
@@ -36,6 +37,13 @@ def torch_stream(seed: int, *names: str | int) -> torch.Generator:
     import torch
 
     return torch.Generator("cpu").manual_seed(derive(seed, *names))
+
+
+def secret_stream() -> torch.Generator:
+    """A CPU torch generator whose numbers nobody else can make: its seed comes from the operating system."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(secrets.randbits(63))
 
 
 def python_stream(seed: int, *names: str | int) -> random.Random:

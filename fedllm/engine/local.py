@@ -25,7 +25,7 @@ from fedllm.core.server import Reply, Request
 from fedllm.core.split import halves
 from fedllm.core.tensors import Tensors
 from fedllm.core.wire import decode, encode
-from fedllm.core.work import Example, Exchange, Learner, Rows
+from fedllm.core.work import Embed, Example, Exchange, Generate, Learner, Outputs, Rows, Score
 from fedllm.core.work import Request as Work
 from fedllm.engine.client import TurnClient
 from fedllm.engine.driver import Turn, drive
@@ -138,7 +138,7 @@ class LocalWorker:
         waits = isinstance(outcome, Exchange)
         try:
             upload = _upload(outcome.upload if waits else outcome)
-            if self.guard.hides and turn.op == "work":  # losses, and how much was drawn, are not noised
+            if self.guard.quiet and turn.op == "work":  # losses, and how much was drawn, are not noised
                 upload.metrics, cost = {}, {**cost, "tokens": 0.0}
             body = encode(self._coded(turn, upload))
         except Exception as fault:
@@ -198,8 +198,9 @@ class LocalWorker:
         function = self.functions.get(request.op)
         if function is None:
             raise ConfigError.unknown("client-side function", request.op, self.functions)
+        self.guard.allow(request.op, request.client)
         name, guard = request.client, self.guard if request.op == "work" else Guard()
-        learner = self.learner_of(name)
+        learner, sees = self.learner_of(name), self._sight(request.op)
         client = TurnClient(
             name,
             self.rows.size(name),
@@ -208,9 +209,9 @@ class LocalWorker:
             request.population,
             self.private.open(name),
             self.seed,
-            _unseen if guard.hides else lambda split: self.read(name, split),
+            lambda split: self.read(name, sees(split)),
             lambda: {n: t for n, t in learner.initial().items() if self._moves(n)},
-            _unseen if guard.hides else self._reader(name),
+            lambda split: self._reader(name)(sees(split)),
             partial(halves, learner),
             self.group(name),
             request.turn,
@@ -223,12 +224,20 @@ class LocalWorker:
 
         def job(work: Work) -> Job:
             place, noised = (name, self.seed, client.round, request.rounds), None
+            if self.guard.hides and not guard.hides:
+                _measures(work)
             if guard.hides:
                 noised = guard.fit(name, client.round, next(asked), len(self._reader(name)("train")), work)
             others = self._others(learner, bound_names(work))
             return Job(work, *place, self._reader(name), others, self.width.passes, noised)
 
         return Turn(name, play(), job, request.id, request.op, learner=learner, client_view=client)
+
+    def _sight(self, op: str) -> Callable[[str], str]:
+        """Gives a split back where a client half may read it, and raises where single examples are private."""
+        if not self.guard.hides:
+            return lambda split: split
+        return _unseen if op == "work" else _held_out
 
     def _resumed(self, request: Request) -> Turn:
         """The turn of an open conversation, with what the server answered."""
@@ -261,7 +270,25 @@ class LocalWorker:
         return read
 
 
-def _unseen(split: str) -> Any:
+def _held_out(split: str) -> str:
+    """Measurements are made of rows that nobody trains on."""
+    return _unseen(split) if split == "train" else split
+
+
+def _measures(work: Work) -> None:
+    """Refuse what a measurement would make of training rows where single examples are private."""
+    if not isinstance(work, Score | Outputs | Generate | Embed):
+        raise ConfigError(
+            f"The client half asks for '{type(work).__name__.lower()}' in a measurement.",
+            "With privacy.level=example, a measurement is of held-out rows and trains nothing.",
+            "fedavg",
+            "Choose another method, or set privacy.level=client.",
+        )
+    if getattr(work, "split", "eval") == "train" and getattr(work, "rows", None) is None:
+        _unseen("train")
+
+
+def _unseen(split: str) -> str:
     """A client half reads rows where single examples are private."""
     raise ConfigError(
         f"The client half reads the rows of '{split}', and what it makes of them no noise would cover.",

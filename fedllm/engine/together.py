@@ -321,9 +321,11 @@ class _Fit:
                 _add_rows(total, owners, losses.detach())
         grads = {name: torch.empty_like(leaf) for name, leaf in self.stack.items()}
         for row, rule in enumerate(rules):
-            noise = rule.noise({name: leaf[row] for name, leaf in self.stack.items()}, step)
+            noise = rule.noise(self.requests[self.active[row]].start, step)  # of its own shapes: padding stays zero
             for name, grad in grads.items():
-                grad[row] = (sums[name][row] + noise[name].to(device)) / rule.expected
+                own = tuple(slice(0, size) for size in noise[name].shape)
+                sums[name][row][own].add_(noise[name].to(device))
+                grad[row] = sums[name][row] / rule.expected
         given = self.given if len(self.active) == len(self.jobs) else {n: self._rows(t) for n, t in self.given.items()}
         examples = [[self.examples[k][place] for place in places] for k, places in zip(self.active, drawn, strict=True)]
         return [examples], self._ruled(grads, given), total
@@ -335,6 +337,8 @@ class _Fit:
     def _report(self, k: int) -> FitReport | FedLLMError:
         job, start, spent = self.jobs[k], self.requests[k].start, self.spent[k]
         params = {n: t[tuple(slice(0, size) for size in start[n].shape)] for n, t in self.finished[k].items()}
+        if job.noised is not None:
+            spent = spent.public(job.noised.expected)
         if not math.isfinite(spent.loss) or finite(params) is not None:
             return RoundFailed(
                 f"Training at client '{job.client}' gave a loss that is not finite in round {job.round}.",
@@ -356,8 +360,16 @@ class _Spent:
     examples: int = 0
     tokens: int = 0
 
+    steps: int = 0
+
+    def public(self, expected: float) -> _Spent:
+        """As it may be told where single examples are private: no loss, and for all counts the expected examples."""
+        count = max(1, round(expected * self.steps))
+        return _Spent(self.rates, 0.0, 0, count, count, self.steps)
+
     def add(self, rate: float, loss: float, seen: Sequence[Example]) -> None:
         self.rates += rate
+        self.steps += 1
         self.loss += loss
         self.targets += sum(e.targets for e in seen)
         self.examples += len(seen)

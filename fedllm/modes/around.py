@@ -27,7 +27,33 @@ class Around(Guard):
 
     def __init__(self, inner: Guard) -> None:
         self.inner = inner
-        self.hides, self.private = inner.hides, inner.private  # type: ignore[misc]
+        self.hides, self.quiet, self.private = inner.hides, inner.quiet, inner.private  # type: ignore[misc]
+        self.lasts = inner.lasts  # type: ignore[misc]
+
+    @property
+    def keep(self) -> Callable[[Json], None] | None:  # type: ignore[override]
+        """That of the guard inside."""
+        return self.inner.keep
+
+    @keep.setter
+    def keep(self, write: Callable[[Json], None] | None) -> None:
+        self.inner.keep = write
+
+    def beside(self) -> Guard:
+        """As the guard inside."""
+        return self.inner.beside()
+
+    def recall(self, facts: Json) -> None:
+        """As the guard inside."""
+        self.inner.recall(facts)
+
+    def spent(self, client: str) -> Json:
+        """As the guard inside."""
+        return self.inner.spent(client)
+
+    def heard(self, client: str, facts: Json) -> None:
+        """As the guard inside."""
+        self.inner.heard(client, facts)
 
     def allow(self, op: str, client: str) -> None:
         """As the guard inside."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy
 import torch
@@ -51,6 +51,8 @@ class Attack(Registered, abstract=True):
     """An attack and its options; by default it changes nothing."""
 
     family = "attack"
+    least: ClassVar[int] = 1
+    """Attackers that a cohort needs for it."""
 
     share: float = Field(0.2, ge=0, le=1)
     """Share of the clients that attack."""
@@ -61,6 +63,10 @@ class Attack(Registered, abstract=True):
         """Who attacks: round(share * clients) of them, the same in every round."""
         count = round(self.share * len(clients))
         return frozenset(malice.chosen(sorted(clients), count, numpy_stream(seed, "attackers")))
+
+    def facing(self, labels: Sequence[Any]) -> Attack:
+        """The attack on a task with these classes; itself where they do not matter."""
+        return self
 
     def poisoned(self, rows: Sequence[Row], rng: numpy.random.Generator) -> Sequence[Row]:
         """What an attacker trains on in place of its rows."""
@@ -134,11 +140,12 @@ class ALittleIsEnough(Attack):
         "Baruch et al., NeurIPS 2019, arXiv:1902.06156",
         "Gets past rules that look for outliers, and still spoils the model.",
     )
+    least = 2
     width: float | None = Field(None, ge=0)
     """Standard deviations from the mean; null: the most that more than half of the cohort still backs."""
 
     def sent(self, honest: Honest) -> torch.Tensor:
-        """The same from all of them."""
+        """The same from all of them; one alone knows no spread and sends what an honest client would."""
         width, count = self.width, len(honest.rows)
         if width is None:
             width = malice.alie_width(honest.cohort, count) if count < honest.cohort / 2 else 1.0
@@ -173,7 +180,14 @@ class LabelFlip(Attack):
         "Makes the model take one class for another.",
     )
     mapping: dict[str, str] = {}
-    """Label -> the false one. Empty: every label of an attacker's rows becomes the next one, in order."""
+    """Label -> the false one. Empty: every class of the task becomes the next one, in order."""
+
+    def facing(self, labels: Sequence[Any]) -> Attack:
+        """With a mapping of all classes: an attacker's rows may have only one."""
+        names = [str(label) for label in labels]
+        if self.mapping or len(names) < 2:
+            return self
+        return self.model_copy(update={"mapping": dict(zip(names, [*names[1:], *names[:1]], strict=True))})
 
     def poisoned(self, rows: Sequence[Row], rng: numpy.random.Generator) -> Sequence[Row]:
         """Copies with other labels."""

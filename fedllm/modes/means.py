@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm.core.errors import ConfigError, ModeConflict
+from fedllm.core.guard import MEASURING
 from fedllm.core.method import Method
 from fedllm.core.reducer import Mean, Reducer, Weighting
+from fedllm.core.roster import SERVER
 
 
 def means(method: Any, mode: str, needs: str) -> dict[str, Mean]:
@@ -45,15 +47,40 @@ def weighting_of(method: Any, mode: str) -> Weighting:
     """The one weighting of all parts of a method, where its uploads can be summed unseen.
 
     Raises:
-        ModeConflict: see :func:`means`; or parts that weigh differently.
+        ModeConflict: see :func:`means` and :func:`works_alone`; or parts that weigh differently.
     """
     parts = means(method, mode, "which needs more than a sum")
+    works_alone(method, mode)
     found = {reducer.weighting for reducer in parts.values()}
     if len(found) > 1:
         raise ModeConflict(
             f"The method {method.key} weighs its parts differently.", "One sum has one weight for each client."
         )
     return found.pop()
+
+
+def works_alone(method: Any, mode: str) -> None:
+    """Refuse a method that asks clients for more than `work`: what else they answer, a mode does not cover.
+
+    Raises:
+        ModeConflict: with the reason.
+    """
+    if method.asks:
+        raise ModeConflict(
+            f"The method {method.key} asks clients for '{method.asks[0]}', too, whose answers nothing covers.",
+            f"{mode} covers the uploads of 'work'.",
+            "fedavg",
+        )
+
+
+def only_work(op: str, client: str, mode: str) -> None:
+    """Raise :class:`ModeConflict` for a question beyond `work` and measurements; `server` may be asked anything."""
+    if client != SERVER and op not in ("work", *MEASURING):
+        raise ModeConflict(
+            f"Clients are asked for '{op}', whose answers nothing covers.",
+            f"With {mode}, clients answer 'work' and measurements alone.",
+            action="Choose a method that asks for nothing else, or leave the section out.",
+        )
 
 
 def check_weights(section: str, method: Any, sizes: Mapping[str, int], largest: float) -> None:

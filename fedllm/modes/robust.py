@@ -116,10 +116,12 @@ class Attacked(Around):
         self.attack, self.seed = attack, seed
         self.attackers = attack.attackers(clients, seed)
         self.before: torch.Tensor | None = None
+        self.idle = False
 
     def told(self) -> Json:
-        """As the guard inside, and who attacks."""
-        return {**(self.inner.told() or {}), "attack": self.attack.key, "attackers": sorted(self.attackers)}
+        """As the guard inside, and who attacks; where too few attackers were in the last round, that it did not."""
+        idle = {"idle": f"fewer than {self.attack.least} attackers were asked"} if self.idle else {}
+        return {**(self.inner.told() or {}), "attack": self.attack.key, "attackers": sorted(self.attackers), **idle}
 
     def memory(self) -> Tensors:
         """As the guard inside, and where the last round began."""
@@ -157,6 +159,7 @@ class Attacked(Around):
                 _added(server, reduction, answer.client, answer.upload)
         flat = Flat(reduction.expected, reduction.reducers)
         model = flat.model
+        self.idle = len(held) < self.attack.least
         if held:
             names = sorted(held)
             rng = torch_stream(self.seed, "attack", server.round)
@@ -180,8 +183,19 @@ def robust_guard(
     clients: Sequence[str],
     rounds: int,
     seed: int,
+    labels: Sequence[Any] = (),
 ) -> Guard:
     """The guard of a recipe's sections `attack` and `defence`.
+
+    Args:
+        attack: name and options; empty for none.
+        defence: name and options; empty for none.
+        inner: the guard of the other sections.
+        method: what they stand around.
+        clients: the registered clients.
+        rounds: rounds of the run.
+        seed: the run's seed.
+        labels: the classes of the task, which attackers know; empty where it has none.
 
     Raises:
         ConfigError: an unknown name or option.
@@ -206,14 +220,24 @@ def robust_guard(
             )
         found = Defended(chosen, method, rounds, seed)
     if attack:
-        if type(inner).__name__ in ("SecureSum", "EncryptedSum", "Examples"):
+        if _closed(inner):
             raise ModeConflict(
                 "The section 'attack' changes uploads in the open, and another section works at the clients.",
                 "It goes with 'defence', and with privacy.level=client.",
                 action="Leave one of them out.",
             )
-        found = Attacked(named("attack", attacks(), attack), found, method, clients, seed)
+        chosen_attack = named("attack", attacks(), attack).facing(labels)
+        found = Attacked(chosen_attack, found, method, clients, seed)
     return found
+
+
+def _closed(guard: Guard) -> bool:
+    """Whether clients hide or noise their uploads themselves."""
+    from fedllm.modes.encrypted.sums import HiddenSum
+    from fedllm.modes.privacy.examples import Examples
+    from fedllm.modes.secagg.guard import SecureSum
+
+    return isinstance(guard, SecureSum | HiddenSum | Examples)
 
 
 def named(kind: str, known: Mapping[str, type[Any]], given: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ encryption. None of them guarantees anything that could be accounted: that is wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from fedllm.blocks import anomaly, decepticons
 from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.guard import Guard
 from fedllm.core.message import Dense, Received, Upload
-from fedllm.core.seeds import torch_stream
+from fedllm.core.seeds import secret_stream, torch_stream
 from fedllm.core.tensors import Tensors, norm
 from fedllm.core.train import Schedule, Train
 from fedllm.core.work import FitReport
@@ -32,6 +32,10 @@ class Shield(Defence, abstract=True):
 
     blind: ClassVar[bool] = True
     """Whether it needs neither a client's rows nor its single steps."""
+
+    def stream(self, seed: int, client: str, round: int) -> torch.Generator:
+        """Where its random numbers come from."""
+        return torch_stream(seed, "shield", client, round)
 
     def refuses(self, params: Tensors) -> str | None:
         """Why the client does not train on what it was sent; None where it does."""
@@ -65,7 +69,7 @@ class Shielded(Around):
         """The method's half behind the shield, and both behind the guard inside."""
 
         async def shielded(algorithm: object, client: Any, received: Received) -> Upload:
-            rng = torch_stream(self.seed, "shield", client.id, client.round)
+            rng = self.shield.stream(self.seed, client.id, client.round)
             why = self.shield.refuses(received.params) if "params" in received.parts else None
             if why is not None:
                 raise ConfigError(
@@ -115,6 +119,13 @@ class LocalNoise(Shield):
     """The largest norm of a change that counts whole."""
     sd: float = Field(1e-3, ge=0)
     """Standard deviation of the noise on every entry."""
+    noise_key: Literal["secret", "seed"] = "secret"
+    """Where the noise comes from: secret numbers of each client's own, or the run's seed, which the server knows: for
+    experiments that are to be repeated."""
+
+    def stream(self, seed: int, client: str, round: int) -> torch.Generator:
+        """See :class:`Shield`."""
+        return secret_stream() if self.noise_key == "secret" else super().stream(seed, client, round)
 
     async def leaves(self, update: Tensors, client: Any, received: Received, rng: torch.Generator) -> Tensors:
         """Shortened to the bound, and noised."""

@@ -91,9 +91,14 @@ def test_frozen_embeddings_do_not_move_nor_does_a_tied_head() -> None:
     assert [bool(found[name].any()) for name in names] == [False, False, False, False, True]
 
 
+def test_noise_that_a_server_could_make_again_is_asked_for_by_name():
+    one, two = played({"name": "local-noise"}), played({"name": "local-noise"})
+    assert not torch.equal(one.state.params["w"], two.state.params["w"])  # the same seed, and other noise
+
+
 @pytest.mark.parametrize("key", ["prune", "local-noise", "wbc"])
 def test_a_shield_changes_a_run_and_repeats_it(key: str) -> None:
-    option = {"scale": 0.1} if key == "wbc" else {}
+    option = {"wbc": {"scale": 0.1}, "local-noise": {"noise_key": "seed"}}.get(key, {})
     plain, one, two = played({}), played({"name": key, **option}), played({"name": key, **option})
     assert not torch.equal(plain.state.params["w"], one.state.params["w"])
     assert torch.equal(one.state.params["w"], two.state.params["w"])

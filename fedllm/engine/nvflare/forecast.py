@@ -1,8 +1,8 @@
 """Forecast - how long a round across sites takes over their lines, told before the run.
 
 A round of a site is its work, the bytes of its letter and of its answer over the rate of its line, the growth of TCP's
-window before a line is full, and a few times that one end waits for the other. It says nothing of lines that lose
-packets or are shared with others.
+window before a line is full, and a few times that one end waits for the other. What travels beside the tensors was
+measured (`python -m benchmarks wan`). It says nothing of lines that lose packets or are shared with others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from fedllm.engine.nvflare.parts import INLINE, PART
 
 WINDOW = 14_600
 """Bytes that TCP sends before the first answer: ten segments (RFC 6928); after every answer, twice as many."""
-TURNS = 3
+TURNS = 4
 """How often in a round an end waits for the other over the line, whatever travels: a site's last result is confirmed
 and its next question answered, which takes one and a half; it asks whether its result is still wanted, one; the result
-travels, one half."""
+travels, one half; and of several sites, the last one had just asked in vain, one."""
+HEADERS = 0.055
+"""Of TLS, TCP/IP and its confirmations, as a share of what they carry."""
+BESIDE = 20_000
+"""Bytes of a site and a round beside its tensors: the facts of two letters, FLARE's messages, questions for work."""
 _RATE = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _LINE = re.compile(r"(?P<rate>\d+(?:\.\d+)?)(?P<unit>[kmg]bit),(?P<delay>\d+(?:\.\d+)?)ms", re.IGNORECASE)
 
@@ -72,8 +76,13 @@ def round_seconds(line: Line, down: int, up: int, work: float) -> float:
         up: bytes that it sends.
         work: seconds that its clients train, and that both ends encode and decode.
     """
-    moved = sum(line.seconds(size) for size in (down, up))
+    moved = sum(line.seconds(carried(size)) for size in (down, up))
     return work + moved + trips(down, up) * 2 * line.delay + POLL
+
+
+def carried(size: int) -> int:
+    """Bytes on the line for so many bytes of tensors, one way."""
+    return round(size * (1 + HEADERS)) + BESIDE // 2
 
 
 def trips(down: int, up: int) -> int:

@@ -42,6 +42,7 @@ class FedMD(Method):
         models=("sequence-classification",),
         status="verified",
     )
+    asks = ("describe", "learn")
     only_fits = False
     private = ("model", "digest", "revisit")
     mixes = ("ranks", "models")

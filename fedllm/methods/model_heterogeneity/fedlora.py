@@ -39,6 +39,8 @@ class FedLoRA(Method):
     )
     private = ("tau",)
     adapters = ("lora", "full", "head")
+    only_fits = False
+    """A measurement trains a private part for a client that has none."""
 
     weighting: Literal["examples", "uniform"] = "uniform"
     """The paper's mean is uniform."""

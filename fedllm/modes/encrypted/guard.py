@@ -65,6 +65,7 @@ class EncryptedSum(HiddenSum):
         self, server: Server, method: Method, asked: Mapping[str, Received], size: int, deadline: float | None
     ) -> Found | None:
         """The decrypted answer of one client, the sum of what travelled in the open, and how many took part."""
+        open_ = None if self.mask is None else (int((~self.mask).sum()),)
         total: list[Any] | None = None
         shown: torch.Tensor | None = None
         sessions: dict[str, str] = {}
@@ -75,8 +76,7 @@ class EncryptedSum(HiddenSum):
                     raise UploadRejected(f"Client '{answer.client}' sent something else than ciphertexts.")
                 tensors = dict(part.tensors)
                 clear = tensors.pop("open", None)
-                shape = None if clear is None else clear.shape
-                if (clear is None) != (self.mask is None) or (shown is not None and shape != shown.shape):
+                if (None if clear is None else tuple(clear.shape)) != open_:
                     raise UploadRejected(f"Client '{answer.client}' shows other numbers than the mask says.")
                 total = self.public.add(total, [_bytes(t) for _, t in sorted(tensors.items())])
             except FedLLMError as fault:

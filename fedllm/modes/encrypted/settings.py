@@ -20,5 +20,8 @@ class EncryptedSettings(BaseModel):
     travel in the open."""
     noise: float = Field(0.0, ge=0)
     """Scale of the Laplace noise that clients add to what travels in the open."""
+    noise_key: Literal["secret", "seed"] = "secret"
+    """Where that noise comes from: secret numbers of each client's own, or the run's seed, which the server knows: for
+    experiments that are to be repeated."""
     max_weight: float = Field(1.0, gt=0)
     """Largest weight of an upload, where uploads are weighed by their examples."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fedllm.core.errors import ModeConflict, RoundFailed
-from fedllm.core.guard import Guard
+from fedllm.core.guard import Guard, Quiet
 from fedllm.core.message import Dense, Json, Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.reducer import Reducer, Reduction, Update
-from fedllm.core.seeds import torch_stream
+from fedllm.core.seeds import secret_stream, torch_stream
 from fedllm.core.tensors import Tensors
 from fedllm.modes.flat import Flat, joined
-from fedllm.modes.means import weighting_of
+from fedllm.modes.means import only_work, weighting_of
 
 if TYPE_CHECKING:
     from fedllm.core.server import Server
@@ -119,7 +119,8 @@ class HiddenSum(Guard):
         mask = None if PART not in received.parts else received[PART]["mask"].bool()
         hidden, shown = (row, None) if mask is None else (row[mask], row[~mask])
         if shown is not None and self.settings.noise:
-            draw = torch_stream(self.seed, "open", client.id, client.round)
+            secret = self.settings.noise_key == "secret"
+            draw = secret_stream() if secret else torch_stream(self.seed, "open", client.id, client.round)
             uniform = torch.rand(shown.shape, generator=draw, dtype=torch.float64) - 0.5
             laplace = -self.settings.noise * uniform.sign() * torch.log1p(-2 * uniform.abs())
             shown = shown + laplace.float()
@@ -133,6 +134,14 @@ class HiddenSum(Guard):
         return mask
 
     # -- guard --------------------------------------------------------------------------------------------------------
+
+    def allow(self, op: str, client: str) -> None:
+        """Nothing but the uploads of `work` is summed unseen."""
+        only_work(op, client, "the section 'encrypted'")
+
+    def beside(self) -> Guard:
+        """Models to compare with tell nothing of a client's training."""
+        return Quiet()
 
     def begin(self, method: Method, expected: Mapping[str, Tensors], round: int) -> Reduction:
         """The sum of a round."""

@@ -3,16 +3,21 @@
     upload --clip to C--> sum over the cohort --+ N(0, (z C)^2)--> / expected cohort --> update
 
 All tensors of an upload count as one vector. Weights are uniform and the denominator is the expected number of clients,
-so nothing about who came shows but through the noised sum, and noise is released where nobody came. A round's noise is
-a function of the key and the round: what is computed again after an interruption gets the same noise and is counted
-once. With `mechanism: ftrl` the noise of a round is the step of a binary tree's noise on the running sum, and clients
-take turns in place of coins (Kairouz et al. 2021).
+so nothing about who came shows but through the noised sum, and noise is released where nobody came. With `mechanism:
+ftrl` the noise of a round is the step of a binary tree's noise on the running sum, and clients take turns in place of
+coins (Kairouz et al. 2021).
+
+A round that is played again after an interruption may have the same sum: it gets the same noise and is counted once. Or
+it has another, because other clients answered: the same noise would then show the difference of both sums as it is, so
+it gets noise of its own (a tree of its own) and is paid for again. What was released is on disk before it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -23,18 +28,17 @@ from fedllm.core.guard import Guard
 from fedllm.core.message import Dense, Json, Upload
 from fedllm.core.method import Method
 from fedllm.core.reducer import Reduction, Update
-from fedllm.core.roster import SERVER
 from fedllm.core.tensors import Tensors
-from fedllm.modes.means import means
-from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, TreeRun, solve, split_noise
+from fedllm.modes.means import means, only_work, works_alone
+from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, TreeRun, solve, spent, split_noise
 from fedllm.modes.privacy.ledger import Ledger, assumptions
 from fedllm.modes.privacy.mechanism import AdaptiveClip, NoiseSource, Tree, clip, poisson, release
 
 if TYPE_CHECKING:
     from fedllm.modes.privacy.settings import PrivacySettings
 
-MEASURING = ("evaluate", "evaluate_base")
-"""Client-side functions whose answers are measurements; the report says that they are not counted."""
+Released = dict[str, list[tuple[str, int]]]
+"""Round -> the sums of it that were released: what stands for the sum, and the number of its noise."""
 
 
 class Central(Guard):
@@ -74,7 +78,8 @@ class Central(Guard):
         self.source = NoiseSource.from_seed(seed) if settings.key == "seed" else NoiseSource.secret()
         self.ledger = Ledger("client", settings.delta, settings.epsilon, clients, self._assumptions())
         self._update_noise = split_noise(self.noise, self.adaptive.std) if self.adaptive else self.noise
-        self._tree: Tree | None = None
+        self._trees: dict[int, Tree] = {}
+        self._released: Released = {}
 
     # -- what a release is --------------------------------------------------------------------------------------------
 
@@ -96,14 +101,11 @@ class Central(Guard):
 
     # -- guard --------------------------------------------------------------------------------------------------------
 
+    lasts = True
+
     def allow(self, op: str, client: str) -> None:
         """Only `work` is noised and only measurements are left out of the account."""
-        if client != SERVER and op not in ("work", *MEASURING):
-            raise ModeConflict(
-                f"The method asks clients for '{op}', whose answers no noise covers.",
-                "With the section 'privacy', clients answer 'work' and measurements alone.",
-                action="Choose a method that asks for nothing else, or leave the section out.",
-            )
+        only_work(op, client, "the section 'privacy'")
 
     def stops(self, round: int) -> str | None:
         """The budget would be passed."""
@@ -139,45 +141,83 @@ class Central(Guard):
         """The whole guarantee, line by line."""
         return self.ledger.report().splitlines()
 
+    def known(self) -> float:
+        """Epsilon against those who know who took part: as spent, without what the draw of a cohort hides."""
+        open_ = [
+            (replace(e.event, rate=1.0) if isinstance(e.event, Sampled) else _all_alike(e.event), e.count)
+            for e in self.ledger.entries.values()
+        ]
+        return spent(open_, self.ledger.delta).epsilon if open_ else 0.0
+
     def to_json(self) -> Json:
-        """The ledger, the bound and the key."""
+        """The ledger, the bound, the key, and what stands for the sums that were released."""
         return {
             "ledger": self.ledger.to_json(), "bound": self.bound, "noise": self.noise, "key": self.source.key.hex(),
+            "released": {round: [list(one) for one in sums] for round, sums in self._released.items()},
         }  # fmt: skip
 
     def restore(self, facts: Json, memory: Tensors | None = None) -> None:
         """Go on with the ledger, the bound and the key of a checkpoint."""
+        self.recall(facts)
         try:
-            self.bound, self.noise = float(facts["bound"]), float(facts["noise"])
-            self.source, self.ledger = NoiseSource(bytes.fromhex(facts["key"])), Ledger.from_json(facts["ledger"])
+            self.bound = float(facts["bound"])
         except (KeyError, TypeError, ValueError) as fault:
-            raise RunError(
-                f"The checkpoint's account of privacy cannot be read: {fault}.",
-                action="Restore the file from a copy; what was spent cannot be guessed.",
-            ) from fault
+            raise _unreadable(fault) from fault
+
+    def recall(self, facts: Json) -> None:
+        """The key, and what was released by it, together with what is known here; the bound is the checkpoint's."""
+        try:
+            self.noise, self.source = float(facts["noise"]), NoiseSource(bytes.fromhex(facts["key"]))
+            ledger = Ledger.from_json(facts["ledger"])
+            released = {str(r): [(str(d), int(n)) for d, n in sums] for r, sums in facts.get("released", {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as fault:
+            raise _unreadable(fault) from fault
+        ledger.join(self.ledger)
+        self.ledger = ledger
+        for round, sums in released.items():
+            held = self._released.setdefault(round, [])
+            held += [one for one in sums if one not in held]
         self._update_noise = split_noise(self.noise, self.adaptive.std) if self.adaptive else self.noise
-        self._tree = None
+        self._trees.clear()
 
     # -- a round ------------------------------------------------------------------------------------------------------
 
     def published(self, total: Mapping[str, torch.Tensor], bits: float, round: int) -> Tensors:
         """The noised mean of a round, paid for; moves an adaptive bound on."""
-        self.ledger.spend(*self.event(round, self.noise))
-        std = self._update_noise * self.bound
+        again = self._paid(total, bits, round)
+        names, std = _again(again), self._update_noise * self.bound
         if self.turns is not None:
-            now, before = (self._running_noise(total, std, step) for step in (round, round - 1))
+            now, before = (self._running_noise(total, std, step, again) for step in (round, round - 1))
             return {n: ((t + now[n] - before[n]) / self.expected).float() for n, t in total.items()}
-        found = release(total, std, self.expected, self.source, "round", round)
+        found = release(total, std, self.expected, self.source, "round", round, *names)
         if self.adaptive is not None:
-            self.bound = self.adaptive.step(self.bound, bits, self.source, "round", round)
+            self.bound = self.adaptive.step(self.bound, bits, self.source, "round", round, *names)
         return found
 
-    def _running_noise(self, like: Mapping[str, torch.Tensor], std: float, step: int) -> Tensors:
-        """The noise on the running sum of the first `step` rounds."""
-        if self._tree is None:
+    def _paid(self, total: Mapping[str, torch.Tensor], bits: float, round: int) -> int:
+        """Pay for the release of a sum and write that down; gives the number of its noise, 0 as a rule."""
+        mark, held = _mark(total, bits), self._released.get(str(round), [])
+        again = dict(held).get(mark)
+        if again is None:
+            others = held if self.turns is None else [one for sums in self._released.values() for one in sums]
+            newest = max((number for _, number in others), default=0)  # a tree goes on until a sum of it is another
+            again = newest + 1 if held else newest
+        id, event = self.event(round, self.noise)
+        new = self.ledger.spend(id + (f", again {again}" if again else ""), event)
+        if (mark, again) not in held:
+            self._released[str(round)] = [*held, (mark, again)]
+            new = True
+        if new and self.keep is not None:
+            self.keep(self.to_json())
+        return again
+
+    def _running_noise(self, like: Mapping[str, torch.Tensor], std: float, step: int, again: int) -> Tensors:
+        """The noise on the running sum of the first `step` rounds, by the tree of this number."""
+        if again not in self._trees:
             given = self.settings.tree
-            self._tree = Tree(like, std, self.source, restart=given.restart, complete=given.complete)
-        return self._tree.cumulative(step)
+            how = {"restart": given.restart, "complete": given.complete}
+            self._trees = {again: Tree(like, std, self.source, *_again(again), **how)}
+        return self._trees[again].cumulative(step)
 
     @property
     def _poisson(self) -> bool:
@@ -192,6 +232,32 @@ class Central(Guard):
     def _assumptions(self) -> tuple[str, ...]:
         event = self.event(1, self.noise)[1]
         return assumptions("client", event, seeded=self.settings.key == "seed", adaptive=self.adaptive is not None)
+
+
+def _again(number: int) -> tuple[str | int, ...]:
+    """What the noise of another sum of the same round is named by."""
+    return ("again", number) if number else ()
+
+
+def _mark(total: Mapping[str, torch.Tensor], bits: float) -> str:
+    """Stands for a sum: the same for the same bits. Nobody sees it but those who see the key."""
+    found = hashlib.sha256(float(bits).hex().encode())
+    for name, tensor in sorted(total.items()):
+        found.update(f"{name} {tuple(tensor.shape)};".encode())
+        found.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _all_alike(event: Event) -> Event:
+    """A draw without replacement, as to those who know who was drawn; a tree is the same to everybody."""
+    return replace(event, size=event.population) if isinstance(event, FixedSize) else event
+
+
+def _unreadable(fault: Exception) -> RunError:
+    return RunError(
+        f"The run's account of privacy cannot be read: {fault}.",
+        action="Restore the file from a copy; what was spent cannot be guessed.",
+    )
 
 
 class _Turns:
@@ -278,6 +344,7 @@ def check(method: Any) -> None:
                 "With the section 'privacy', all clients count alike.",
                 action="Set method.weighting=uniform.",
             )
+    works_alone(method, "The section 'privacy'")
     if type(method).cohort is not Method.cohort:
         raise ModeConflict(
             f"The method {method.key} chooses its cohort itself.",

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RunError
-from fedllm.core.guard import Guard
+from fedllm.core.guard import Guard, Quiet
 from fedllm.core.message import Json
 from fedllm.core.method import Method
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, Request
+from fedllm.modes.means import only_work, works_alone
 from fedllm.modes.privacy.accounting import Event, FixedSize, Sampled, event_from_json, event_to_json, solve
 from fedllm.modes.privacy.ledger import Ledger, assumptions
 from fedllm.modes.privacy.mechanism import NoiseSource, clip_each, noise, poisson
@@ -76,13 +77,14 @@ class Examples(Guard):
         self._told: dict[str, list[Json]] = {}
         self._trained: dict[str, list[str]] = {}
         self.source = NoiseSource.from_seed(seed) if settings.key == "seed" else NoiseSource.secret()
-        event = self.event(max(self.sizes.values(), default=1), self.noise)
+        largest = max(1, *self.sizes.values())
+        event = self.event(largest, self.noise)
         told = assumptions("example", event, noised_by="client", seeded=settings.key == "seed")
         self.ledger = Ledger(
             "example",
             settings.delta,
             settings.epsilon,
-            max(self.sizes.values(), default=1),
+            largest,
             (*told, "How many examples a client has is public."),
         )
 
@@ -103,6 +105,15 @@ class Examples(Guard):
     # -- at a client --------------------------------------------------------------------------------------------------
 
     hides = True
+    quiet = True
+
+    def allow(self, op: str, client: str) -> None:
+        """Nothing but training in `work` is noised."""
+        only_work(op, client, "privacy.level=example")
+
+    def beside(self) -> Guard:
+        """Models to compare with train without noise, and tell nothing of their training."""
+        return Quiet()
 
     def fit(self, client: str, round: int, number: int, count: int, request: Request) -> DrawnFit:
         """See :class:`~fedllm.core.guard.Guard`."""
@@ -209,6 +220,7 @@ def check(method: Any) -> None:
             "With privacy.level=example, clients train on their own rows and do nothing else with them.",
             "fedavg",
         )
+    works_alone(method, "privacy.level=example")
     if not method.only_fits:
         raise ModeConflict(
             f"Clients of the method {method.key} do more with their rows than train on them, and no noise covers that.",

@@ -137,6 +137,16 @@ class Ledger:
             )
         return self._record(id, Entry(event, count, holder))
 
+    def join(self, other: Ledger) -> None:
+        """Record what another ledger of the same run has recorded, too.
+
+        Raises:
+            RunError: an id stands for another release there.
+        """
+        for (id, _), entry in other.entries.items():
+            if not self._recorded(id, entry):
+                self._record(id, entry)
+
     def spent(self, holder: str | None = None) -> Spent:
         """What has been spent of one holder's data; None for the holder who has spent most."""
         holders = self._concerned(EVERYBODY) if holder is None else [holder]

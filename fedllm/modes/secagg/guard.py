@@ -17,12 +17,12 @@ import numpy
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RoundFailed, UploadRejected
-from fedllm.core.guard import Guard
+from fedllm.core.guard import Guard, Quiet
 from fedllm.core.message import Dense, Json, Received, Upload, as_part
 from fedllm.core.method import Method
 from fedllm.core.reducer import Reduction, Update
 from fedllm.core.tensors import Tensors, norm
-from fedllm.modes.means import weighting_of
+from fedllm.modes.means import only_work, weighting_of
 from fedllm.modes.secagg.client import Advert, Client, Confirm, Deal, Dealt, Letter, Masked, Reveal, Roster, Setup, Tags
 from fedllm.modes.secagg.client import Survivors as Survivors
 from fedllm.modes.secagg.graph import Policy
@@ -85,7 +85,7 @@ class SecureSum(Guard):
 
     def _ring(self, clip: float) -> Ring:
         weight = 1.0 if self.weighting == "uniform" else self.settings.max_weight
-        return Ring(self.count, clip, self.settings.precision, weight)
+        return Ring(self.count, clip, self.settings.precision, weight, shrinks=self.central is not None)
 
     # -- at a client --------------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class SecureSum(Guard):
             from fedllm.modes.privacy.mechanism import clip
 
             flat = {f"{part}/{name}": tensor for (part, name), tensor in held.items()}
-            within = [ring.clip / 2 if norm(flat) <= bound else -ring.clip / 2]
+            within = [ring.clip if norm(flat) <= bound else -ring.clip]  # whole integers: no rounding
             clipped, _, _ = clip(flat, bound)
             held = {key: clipped[f"{key[0]}/{key[1]}"] for key in held}
         total, n = upload.metrics.get("loss", (0.0, 0.0))
@@ -134,10 +134,33 @@ class SecureSum(Guard):
 
     # -- guard --------------------------------------------------------------------------------------------------------
 
-    def allow(self, op: str, client: str) -> None:
+    @property
+    def lasts(self) -> bool:  # type: ignore[override]
+        """As the privacy beside it."""
+        return self.central is not None
+
+    @property
+    def keep(self) -> Callable[[Json], None] | None:  # type: ignore[override]
+        """That of the privacy beside it."""
+        return None if self.central is None else self.central.keep
+
+    @keep.setter
+    def keep(self, write: Callable[[Json], None] | None) -> None:
+        if self.central is not None:
+            self.central.keep = write
+
+    def recall(self, facts: Json) -> None:
         """As the privacy beside it."""
         if self.central is not None:
-            self.central.allow(op, client)
+            self.central.recall(facts)
+
+    def allow(self, op: str, client: str) -> None:
+        """Nothing but the uploads of `work` is summed unseen."""
+        only_work(op, client, "the section 'secure'")
+
+    def beside(self) -> Guard:
+        """Models to compare with tell nothing of a client's training."""
+        return Quiet()
 
     def stops(self, round: int) -> str | None:
         """As the privacy beside it."""
@@ -185,7 +208,9 @@ class SecureSum(Guard):
             "of lasting keys.",
             f"- Numbers are rounded to clip / {2 ** (s.precision - 1) - 1}.",
         ]
-        return [*lines, *([] if self.central is None else self.central.report())]
+        if self.central is None:
+            return lines
+        return [*lines, *self.central.report(), _known(self.central)]
 
     def to_json(self) -> Json:
         """What privacy keeps; a sum keeps nothing."""
@@ -293,7 +318,7 @@ class _Secure(Reduction):
             for (part, name, shape), piece in zip(self.layout, body.split(sizes), strict=True)
         }
         if central is not None:
-            flat = central.published(flat, float(total.sum[self.digits]) / (total.step * top), self.round)
+            flat = central.published(flat, float(total.sum[self.digits]) / (2 * total.step * top), self.round)
             update.clients = max(1, round(central.expected))
             update.weight = float(update.clients)
         for part in self.reducers:
@@ -316,6 +341,16 @@ def _coins(central: Central, minimum: int) -> None:
             f"Allowed: a hundredth of privacy.delta={central.settings.delta:g}.",
             action="Raise cohort, or set privacy.sampling=fixed.",
         )
+
+
+def _known(central: Central) -> str:
+    """What privacy is worth against clients of a sum: they know who else is in it."""
+    if central.turns is not None:
+        return "- Who takes part when is no secret in this account, so that it holds against clients of a sum, too."
+    return (
+        "- Clients of a sum know who else is in it. Against one that is in every round, and so without what the draw "
+        f"hides, epsilon is {central.known():.4g}; with privacy.mechanism=ftrl the account needs no secret draw."
+    )
 
 
 def _digits(ring: Ring) -> int:

@@ -30,6 +30,8 @@ WEIGHT_BITS = 24
 """A weight is a whole number of max_weight / 2^24."""
 CHUNK = 1 << 16
 """Words that are worked on at a time, so that they stay in the cache."""
+EXACT = 2.0**-40
+"""So far below a whole number, as a share of it, an entry still counts as that number where fractions are cut."""
 _ZEROS = bytes(4 * CHUNK)
 
 
@@ -76,6 +78,7 @@ class Ring:
         clip: the largest magnitude of an entry; what lies beyond is refused, never cut.
         precision: bits of one client's entry, 2 to 31; the step of a client's entry is clip / (2^(precision - 1) - 1).
         max_weight: the largest weight of a client.
+        shrinks: fractions are cut, so that no vector becomes longer than it was; else the nearest integers are taken.
 
     Raises:
         ConfigError: an argument outside these bounds, or a cohort too large for the precision.
@@ -85,6 +88,7 @@ class Ring:
     clip: float
     precision: int = 16
     max_weight: float = 1.0
+    shrinks: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -137,7 +141,7 @@ class Ring:
 
     def identity(self) -> bytes:
         """What both sides must have the same, in bytes."""
-        numbers = (float(self.clip).hex(), self.precision, float(self.max_weight).hex())
+        numbers = (float(self.clip).hex(), self.precision, float(self.max_weight).hex(), int(self.shrinks))
         return encoded("ring", self.count, *numbers)
 
     def encode(self, values: NDArray[Any], weight: float = 1.0, rng: numpy.random.Generator | None = None) -> Words:
@@ -147,7 +151,7 @@ class Ring:
             values: floats [size], each at most `clip` in magnitude (compared in the type of the values).
             weight: 0 to `max_weight`; above 0 it counts at least 2^-24 of `max_weight`.
             rng: rounds up with the probability of the fraction, so that an entry is right on average; None rounds to
-                the nearest integer.
+                the nearest integer. Where fractions are cut it is not used.
 
         Returns:
             uint32 [limbs + size].
@@ -167,7 +171,10 @@ class Ring:
         scale = units / 2**WEIGHT_BITS / self.step
         for start in range(0, values.size, CHUNK):
             scaled = values[start : start + CHUNK].astype(numpy.float64) * scale
-            rounded = numpy.rint(scaled) if rng is None else numpy.floor(scaled + rng.random(scaled.size))
+            if self.shrinks:
+                rounded = numpy.trunc(scaled * (1 + EXACT))
+            else:
+                rounded = numpy.rint(scaled) if rng is None else numpy.floor(scaled + rng.random(scaled.size))
             whole = numpy.clip(rounded, -self.top, self.top).astype(numpy.int64)
             found[self.limbs + start : self.limbs + start + whole.size] = whole.astype(numpy.uint32)
         return reduced(found, self.bits)

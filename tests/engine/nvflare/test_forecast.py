@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedllm.core.errors import ConfigError
-from fedllm.engine.nvflare.forecast import WINDOW, Line, round_seconds, trips
+from fedllm.engine.nvflare.forecast import BESIDE, TURNS, WINDOW, Line, carried, round_seconds, trips
 from fedllm.engine.nvflare.job import POLL
 from fedllm.engine.nvflare.parts import INLINE, PART
 
@@ -39,11 +39,14 @@ def test_more_bytes_never_take_less():
 
 
 def test_large_letters_are_fetched_part_by_part():
-    assert trips(0, 0) == trips(INLINE, INLINE) == 3
-    assert trips(INLINE + 1, 0) == 3 + 2
-    assert trips(PART + 1, PART) == 3 + 3 + 2
+    assert trips(0, 0) == trips(INLINE, INLINE) == TURNS
+    assert trips(INLINE + 1, 0) == TURNS + 2
+    assert trips(PART + 1, PART) == TURNS + 3 + 2
 
 
 def test_a_round_is_its_work_its_bytes_its_waiting_and_a_pause():
-    assert round_seconds(SLOW, 0, 0, 1.5) == pytest.approx(1.5 + 3 * 0.1 + POLL)
-    assert round_seconds(SLOW, WINDOW, WINDOW, 0) == pytest.approx(2 * 8 * WINDOW / 20e6 + 0.3 + POLL)
+    assert carried(1_000_000) == 1_055_000 + BESIDE // 2
+    assert BESIDE // 2 < WINDOW  # one window carries what is beside
+    assert round_seconds(SLOW, 0, 0, 1.5) == pytest.approx(1.5 + 8 * BESIDE / 20e6 + TURNS * 0.1 + POLL)
+    large = 2 * SLOW.seconds(carried(10_000_000)) + (TURNS + 2 + 2) * 0.1 + POLL
+    assert round_seconds(SLOW, 10_000_000, 10_000_000, 0) == pytest.approx(large)

@@ -222,7 +222,7 @@ def test_other_questions_to_clients_are_refused():
     for op in ("work", "evaluate", "evaluate_base"):
         guard.allow(op, "c01")
     guard.allow("train_public", "server")
-    with pytest.raises(ModeConflict, match="no noise covers"):
+    with pytest.raises(ModeConflict, match="nothing covers"):
         guard.allow("statistics", "c01")
     Guard().allow("statistics", "c01")
 

@@ -138,9 +138,7 @@ def test_gradients_of_single_texts_are_clipped_as_one_by_one():
     for name, tensor in params.items():
         moved = (tensor - report.params[name]) * len(examples)  # type: ignore[union-attr]
         assert torch.allclose(moved.double(), wanted[name], rtol=2e-3, atol=1e-6), name
-    assert report.loss == pytest.approx(  # type: ignore[union-attr]
-        (float(sum(_loss(model, params, [e]) for e in examples)), float(sum(e.targets for e in examples))), rel=1e-4
-    )
+    assert report.loss == (0.0, 0.0)  # type: ignore[union-attr]  # no noise would cover it
     assert replace(job, noised=None).noised is None
 
 
