@@ -245,3 +245,33 @@ def test_rare_texts_get_the_target_and_usual_ones_stay():
     assert [row["text"] for row in kind.aimed(rows_, rng)] == [row["text"] for row in rare]
     assert {row["label"] for row in kind.aimed(rows_, rng)} == {0}
     assert kind.poisoned([], rng) == [] and kind.aimed([], rng) == []
+
+
+def test_an_attacker_with_one_class_flips_it_to_another_class_of_the_task():
+    found = robust_guard({"name": "label-flip"}, {}, Guard(), method(), list(rows()), 1, 0, ["a", "b", "c"])
+    assert isinstance(found, Attacked)
+    client = next(iter(found.attackers))
+    flipped = found.rows(client, "train", [{"text": "t", "label": "c"}] * 3)
+    assert [row["label"] for row in flipped] == ["a"] * 3
+    named = robust_guard(
+        {"name": "label-flip", "mapping": {"a": "c"}}, {}, Guard(), method(), list(rows()), 1, 0, "abc"
+    )
+    assert [row["label"] for row in named.rows(client, "train", [{"text": "t", "label": "a"}])] == ["c"]
+
+
+def test_a_lone_colluder_says_that_it_could_not_attack():
+    one = guard({"name": "alie", "share": 0.09})
+    play = played(one, 1)
+    assert "fewer than 2 attackers" in play.records[0].guard["idle"]
+    assert torch.equal(ended(play), ended(played(Guard(), 1)))
+    assert "idle" not in played(guard({"name": "alie", "share": 0.17}), 1).records[0].guard
+
+
+def test_attacks_are_refused_beside_every_mode_at_the_client():
+    from fedllm.modes.encrypted.sums import HiddenSum
+    from fedllm.modes.secagg.guard import SecureSum
+
+    for kind in (HiddenSum, *HiddenSum.__subclasses__(), SecureSum):
+        inner = kind.__new__(kind)
+        with pytest.raises(ModeConflict, match="another section works at the clients"):
+            robust_guard({"name": "sign-flip"}, {}, inner, method(), list(rows()), 1, 0)

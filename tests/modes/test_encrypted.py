@@ -149,6 +149,37 @@ def test_what_travels_in_the_open_can_be_noised():
     assert float(gap[mask].abs().max()) < 1e-5 and float(gap[~mask].abs().min()) > 0
 
 
+def test_the_server_cannot_make_that_noise_again():
+    """It knows the recipe's seed, the client and the round."""
+    what = method(weighting="uniform")
+
+    def open_part(key: str) -> torch.Tensor:
+        with_ = guard(what, ratio=0.25, noise=0.5, noise_key=key)
+        play = Play(what, learner(), rows(), guard=with_)
+        play.rounds(1)
+        assert with_.mask is not None
+        return joined(play.state.params)[~with_.mask]
+
+    assert torch.equal(open_part("seed"), open_part("seed"))
+    assert not torch.equal(open_part("secret"), open_part("secret"))
+
+
+def test_a_first_client_that_shows_too_much_does_not_push_the_others_out():
+    what = method()
+
+    class Long(EncryptedSum):
+        def _said(self, values: torch.Tensor, shown: torch.Tensor | None) -> Any:
+            found = super()._said(values, shown)
+            if shown is not None and float(values[0]) == pytest.approx(0.1):  # the weight of c0
+                found.parts["encrypted"].tensors["open"] = torch.zeros(len(shown) + 1)  # type: ignore[union-attr]
+            return found
+
+    play = Play(what, learner(), rows(), guard=Long(EncryptedSettings(max_weight=10.0, ratio=0.25), what, 0))
+    play.rounds(1)
+    record = play.records[0]
+    assert record.failed is None and record.used == 3 and [one["client"] for one in record.rejected] == ["c0"]
+
+
 def joined(params: Tensors) -> torch.Tensor:
     return torch.cat([params[name].reshape(-1) for name in sorted(params)])
 

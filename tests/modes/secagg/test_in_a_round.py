@@ -220,6 +220,38 @@ def test_an_adaptive_bound_moves_as_without_a_secure_sum():
     assert both.bound == pytest.approx(alone.bound, rel=1e-4) and both.bound != 0.2
 
 
+@pytest.mark.parametrize("precision", [2, 3, 4, 16])
+def test_the_bit_of_an_adaptive_bound_is_whole_at_every_precision(precision: int):
+    """Six clients of norms above the bound: minus one half each, whatever a step is."""
+    what = method(weighting="uniform")
+    central = private(what, adaptive={"noise": 1e-9}, rate=1.0, sampling="poisson", clip=1e-3, noise=1e-9)
+    heard: list[float] = []
+    published = central.published
+    central.published = lambda total, bits, round: heard.append(bits) or published(total, bits, round)
+    played(what, SecureSum(settings(precision=precision), what, 6, central), 1)
+    assert heard == [pytest.approx(-3.0)]
+
+
+def test_what_clients_of_a_sum_know_is_told():
+    what = method(weighting="uniform")
+    central = private(what)
+    secure = SecureSum(settings(), what, 6, central)
+    played(what, secure)
+    assert any("Clients of a sum know who else is in it" in line for line in secure.report())
+    assert secure.lasts and not SecureSum(settings(), what, 6).lasts
+    written: list[Any] = []
+    secure.keep = written.append
+    assert central.keep is not None and secure.keep is central.keep
+
+
+def test_clients_answer_nothing_but_work_and_measurements():
+    secure = SecureSum(settings(), method(), 6)
+    secure.allow("evaluate", "c0")
+    with pytest.raises(ModeConflict, match="'warm'"):
+        secure.allow("warm", "c0")
+    assert secure.beside().quiet
+
+
 def test_coins_by_which_a_sum_may_be_missing_are_refused():
     what = method(weighting="uniform")
     with pytest.raises(ModeConflict, match="sampling=fixed"):

@@ -228,3 +228,27 @@ def test_an_identity_tells_rings_apart() -> None:
     rings = [Ring(3, 1.0), Ring(4, 1.0), Ring(3, 1.5), Ring(3, 1.0, 17), Ring(3, 1.0, 16, 2.0)]
     assert len({ring.identity() for ring in rings}) == len(rings)
     assert Ring(3, 1).identity() == Ring(3, 1.0).identity()
+
+
+@pytest.mark.parametrize("precision", [2, 4, 8, 16, 24])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_fractions_are_cut_no_vector_becomes_longer(precision: int, seed: int) -> None:
+    """Sensitivity: what was clipped to a norm keeps to it in the ring, however many entries there are."""
+    draw = numpy.random.default_rng(seed)
+    values = draw.normal(size=20_000)
+    ring = Ring(3, 1.0, precision, shrinks=True)
+    values *= 1.0 / numpy.linalg.norm(values)
+    found = numpy.array(integers(ring, ring.encode(values))) * ring.step
+    assert numpy.linalg.norm(found) <= 1.0 and numpy.abs(found - values).max() < ring.step
+    just_above_half = numpy.full(20_000, 0.51 * ring.step)
+    rounded = numpy.array(integers(Ring(3, 1.0, precision), Ring(3, 1.0, precision).encode(just_above_half)))
+    cut = numpy.array(integers(ring, ring.encode(just_above_half)))
+    assert rounded.min() == 1 and not cut.any()
+
+
+@pytest.mark.parametrize("precision", [2, 3, 8, 16, 22, 31])
+def test_whole_numbers_stay_whole_where_fractions_are_cut(precision: int) -> None:
+    ring = Ring(1, 0.37, precision, shrinks=True)
+    wanted = sorted({-ring.top, -1, 0, 1, ring.top, ring.top // 2, ring.top // 3, ring.top - 1})
+    assert integers(ring, ring.encode(numpy.array(wanted) * ring.step)) == wanted
+    assert ring.identity() != Ring(1, 0.37, precision).identity()
