@@ -8,6 +8,7 @@ do not depend on their contents: only then may the sum be formed in secret, unde
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -51,6 +52,8 @@ WAITING_BYTES = 512 * 2**20
 """Bytes of uploads that may wait: a larger upload is added when it comes."""
 STRETCH = 32_768
 """Entries that are added at a time: as many float64 sums as fit into a processor's cache."""
+SHARED_BYTES = 2**20
+"""Bytes of waiting uploads from which on their tensors are shared out over torch's threads."""
 
 
 @dataclass(frozen=True)
@@ -129,16 +132,28 @@ class _RunningMean(Running):
             self._add_up()
 
     def _add_up(self) -> None:
-        """Add the waiting uploads, in the order they came, stretch by stretch: the sums stay in the cache meanwhile."""
-        for name, total in (self.sums or {}).items():
-            whole = total.view(-1)
-            flat = [(tensors[name].reshape(-1), share) for tensors, share in self.waiting]
-            for start in range(0, len(whole), STRETCH):
-                piece = whole[start : start + STRETCH]
-                for tensor, share in flat:
-                    piece.add_(tensor[start : start + STRETCH], alpha=share)
+        """Add the waiting uploads in the order they came. Threads share the tensors out: the bits are the same."""
+        names, threads = list(self.sums or ()), torch.get_num_threads()
+        if threads == 1 or self.held < SHARED_BYTES:
+            for name in names:
+                self._add_tensor(name)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(self._add_tensor, names):  # raises what a thread raised
+                    pass
         self.waiting.clear()
         self.held = 0
+
+    def _add_tensor(self, name: str) -> None:
+        """Add the waiting uploads to one sum, stretch by stretch: it stays in the cache meanwhile."""
+        if self.sums is None:
+            return
+        whole = self.sums[name].view(-1)
+        flat = [(tensors[name].reshape(-1), share) for tensors, share in self.waiting]
+        for start in range(0, len(whole), STRETCH):
+            piece = whole[start : start + STRETCH]
+            for tensor, share in flat:
+                piece.add_(tensor[start : start + STRETCH], alpha=share)
 
     def result(self) -> Part | None:
         self._add_up()

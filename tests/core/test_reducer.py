@@ -514,3 +514,19 @@ def test_the_same_with_owners() -> None:
         del tensor
     gc.collect()
     assert not any(ref() is not None for ref in alive)
+
+
+def test_threads_share_tensors_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (300, 301), "b": (70_000,), "c": (3,), "d": (2, 40_000)}
+    sent = [Upload({n: torch.randn(s, generator=draw) for n, s in shapes.items()}, weight=1.0 + k) for k in range(11)]
+
+    def mean(threads: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        reduction = Reduction(Mean(), {"update": sent[0].update})
+        for number, upload in enumerate(sent):
+            reduction.add(f"c{number}", upload)
+        return reduction.result(11).params
+
+    one, three = mean(1), mean(3)
+    assert all(torch.equal(one[name], three[name]) for name in shapes)
