@@ -22,7 +22,7 @@ from fedllm.core.seeds import derive
 from fedllm.core.split import Body, halves
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors, finite
-from fedllm.core.wire import decode, encode, size_by_part
+from fedllm.core.wire import Encoder, decode, size_by_part
 
 
 @dataclass(frozen=True)
@@ -272,10 +272,13 @@ class Server:
         self.keep(state)
 
     def _requests(self, asked: Iterable[tuple[str, str, Received, str | None]]) -> Iterator[Request]:
+        encode, last, sizes = Encoder(), b"", dict[str, int]()
         for op, client, received, session in asked:
             self.guard.allow(op, client)
             body = encode(received)
-            self.meter.sent(op, "down", size_by_part(body))
+            if body is not last:
+                last, sizes = body, size_by_part(body)
+            self.meter.sent(op, "down", sizes)
             self._asked += 1
             name = f"{self.round}-{op}-{client}-{derive(self.seed, 'request', self._asked):016x}"
             place = self.round, self.rounds, len(self.clients)

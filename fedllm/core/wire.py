@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,41 @@ def encode(message: Message) -> bytes:
     Raises:
         ConfigError: a part name, a tensor or a number that cannot travel.
     """
+    tensors, text = _apart(message)
+    return _file({name: _portable(name, tensor) for name, tensor in tensors.items()}, {"fedllm": text})
+
+
+class Encoder:
+    """Encodes one message after the other; one that says the same with the very same tensors has the very same bytes.
+
+    So what many clients receive is formed once, and whoever counts or hashes it sees that it is one thing. It holds the
+    last message's tensors: use it for one round of questions, and let it go.
+    """
+
+    def __init__(self) -> None:
+        self._text, self._held, self._body = "", list[tuple[str, torch.Tensor, int]](), b""
+
+    def __call__(self, message: Message) -> bytes:
+        """See :func:`encode`."""
+        tensors, text = _apart(message)
+        if any(tensor.is_inference() for tensor in tensors.values()):
+            return encode(message)  # nobody counts the changes of such a tensor
+        held = [(name, tensor, tensor._version) for name, tensor in tensors.items()]
+        if text != self._text or not _the_same(held, self._held):
+            whole = {name: _portable(name, tensor) for name, tensor in tensors.items()}
+            self._text, self._held, self._body = text, held, _file(whole, {"fedllm": text})
+        return self._body
+
+
+def _the_same(one: Sequence[tuple[str, torch.Tensor, int]], other: Sequence[tuple[str, torch.Tensor, int]]) -> bool:
+    """Whether both are the very same tensors under the same names, unchanged since."""
+    return len(one) == len(other) and all(
+        a[0] == b[0] and a[1] is b[1] and a[2] == b[2] for a, b in zip(one, other, strict=True)
+    )
+
+
+def _apart(message: Message) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a message as they are, and everything else as JSON; raises as :func:`encode`."""
     tensors: dict[str, torch.Tensor] = {}
     parts: dict[str, Any] = {}
     for name, part in sorted(message.parts.items()):
@@ -50,7 +85,7 @@ def encode(message: Message) -> bytes:
             raise ConfigError(f"A part cannot be called '{name}'.", "Allowed: any name without '/', but 'header'.")
         held, facts = part.to_wire()
         parts[name] = {"kind": part.kind, "facts": facts}
-        tensors.update({f"{name}/{key}": _portable(f"{name}/{key}", t) for key, t in held.items()})
+        tensors.update({f"{name}/{key}": t for key, t in held.items()})
     structure: dict[str, Any] = {
         "version": VERSION,
         "class": next((name for name, cls in _CLASSES.items() if cls is type(message)), None),
@@ -64,7 +99,7 @@ def encode(message: Message) -> bytes:
         raise ConfigError(
             f"A message of class {type(message).__name__} cannot travel.", f"Allowed: {', '.join(_CLASSES)}."
         )
-    return _file(tensors, {"fedllm": _json(structure)})
+    return tensors, _json(structure)
 
 
 def decode(data: bytes) -> Message:
@@ -81,7 +116,11 @@ def decode(data: bytes) -> Message:
 
 
 def size_by_part(data: bytes) -> dict[str, int]:
-    """Bytes of tensor data per part of an encoded message; the rest of the file is under 'header'."""
+    """Bytes per part of an encoded message: of its tensors, or, where it has none, of its facts as JSON.
+
+    A part without tensors (texts, scalars) lies in the file's header, but is no less what was sent. What is left of the
+    file, names, weight, metrics and numbers, is under 'header'; all together are the whole file.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     sizes: dict[str, int] = {}
@@ -90,7 +129,20 @@ def size_by_part(data: bytes) -> dict[str, int]:
             start, end = entry["data_offsets"]
             part = name.split("/", 1)[0]
             sizes[part] = sizes.get(part, 0) + end - start
-    return {**sizes, "header": len(data) - sum(sizes.values())}
+    left = len(data) - sum(sizes.values())
+    for name, entry in json.loads(header["__metadata__"]["fedllm"])["parts"].items():
+        if name not in sizes:
+            sizes[name] = min(left, _length(entry.get("facts")))
+            left -= sizes[name]
+    return {**sizes, "header": left}
+
+
+def _length(facts: Any) -> int:
+    """Bytes of a part's facts; of what is nested too deeply to be written, none."""
+    try:
+        return 0 if facts is None else len(json.dumps(facts, sort_keys=True))
+    except RecursionError:
+        return 0
 
 
 def _portable(name: str, tensor: torch.Tensor) -> torch.Tensor:

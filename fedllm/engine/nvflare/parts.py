@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +35,8 @@ BLOBS_LIMIT = 65_536
 """The most byte strings of one letter."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Ids of runs and names of legs: they become folders at the sites."""
+RESERVED = re.compile(r"replies|worker\.log.*|audit\.jsonl.*")
+"""Ids that no run may have: at a site, folders of runs lie beside these."""
 _FACTS, _WHOLE, _PARTS = "fedllm", "fedllm_body", "fedllm_parts"
 
 
@@ -69,14 +71,12 @@ def to_shareable(letter: Letter) -> Shareable:
 
     found = Shareable()
     sizes = [len(blob) for blob in letter.blobs]
-    body = b"".join(letter.blobs)
     facts = {"version": VERSION, "sizes": sizes, "sha256": digest(letter), "meta": letter.meta}
     found[_FACTS] = json.dumps(facts, allow_nan=False).encode()
-    if len(body) <= INLINE:
-        found[_WHOLE] = body
+    if sum(sizes) <= INLINE:
+        found[_WHOLE] = b"".join(letter.blobs)
     else:
-        whole = numpy.frombuffer(body, numpy.uint8)
-        found[_PARTS] = [whole[start : start + PART] for start in range(0, len(whole), PART)]
+        found[_PARTS] = list(_cut(letter.blobs))
     return found
 
 
@@ -84,18 +84,13 @@ def from_shareable(shareable: Mapping[str, Any]) -> Letter:
     """The letter in what FLARE carried; raises :class:`DecodeError` where it is not whole."""
     facts = _facts(shareable.get(_FACTS))
     body = shareable.get(_WHOLE)
-    if body is None:
-        body = _joined(shareable.get(_PARTS))
-    if not isinstance(body, bytes):
+    if body is not None and not isinstance(body, bytes):
         raise DecodeError(f"The body of a letter is a {type(body).__name__}.", "Allowed: bytes, or a list of arrays.")
-    sizes = cast("list[int]", facts["sizes"])
-    if sum(sizes) != len(body):
-        raise DecodeError(f"A letter of {len(body)} bytes arrived.", f"It says that it has {sum(sizes)}.")
-    blobs, at = [], 0
-    for size in sizes:
-        blobs.append(body[at : at + size])
-        at += size
-    letter = Letter(facts["meta"], blobs)
+    pieces = _pieces(shareable.get(_PARTS)) if body is None else [memoryview(body)]
+    sizes, came = cast("list[int]", facts["sizes"]), sum(len(piece) for piece in pieces)
+    if sum(sizes) != came:
+        raise DecodeError(f"A letter of {came} bytes arrived.", f"It says that it has {sum(sizes)}.")
+    letter = Letter(facts["meta"], _sized(pieces, sizes))
     if digest(letter) != facts["sha256"]:
         raise DecodeError("A letter arrived damaged: its SHA-256 is not the one it was sent with.")
     return letter
@@ -131,11 +126,47 @@ def _facts(raw: object) -> dict[str, Any]:
     return facts
 
 
-def _joined(parts: object) -> bytes:
-    """The parts of a large letter in one piece."""
+def _cut(blobs: Sequence[bytes]) -> Iterator[numpy.ndarray]:
+    """Byte strings, one behind the other, as arrays of at most `PART` bytes: large ones as they lie."""
+    small, held = list[bytes](), 0
+    for blob in blobs:
+        if held + len(blob) > PART or len(blob) > INLINE:
+            yield from _parts(b"".join(small))
+            small, held = [], 0
+        if len(blob) > INLINE:
+            yield from _parts(blob)
+        else:
+            small.append(blob)
+            held += len(blob)
+    yield from _parts(b"".join(small))
+
+
+def _parts(data: bytes) -> Iterator[numpy.ndarray]:
+    whole = numpy.frombuffer(data, numpy.uint8)
+    return (whole[start : start + PART] for start in range(0, len(whole), PART))
+
+
+def _pieces(parts: object) -> list[memoryview]:
+    """The parts of a large letter, as they lie in memory."""
     if not isinstance(parts, list | tuple):
         raise DecodeError("A letter has no body.")
     for part in parts:
         if not isinstance(part, numpy.ndarray) or part.dtype != numpy.uint8 or part.ndim != 1:
             raise DecodeError("A part of a letter is not a flat array of bytes.")
-    return b"".join(part.data if part.flags.c_contiguous else part.tobytes() for part in parts)
+    return [numpy.ascontiguousarray(part).data for part in parts]
+
+
+def _sized(pieces: Sequence[memoryview], sizes: Sequence[int]) -> list[bytes]:
+    """Byte strings of these sizes out of pieces that are as long together: one copy of everything."""
+    found, number, at = list[bytes](), 0, 0
+    for size in sizes:
+        taken, left = list[memoryview](), size
+        while left:
+            piece = pieces[number][at : at + left]
+            taken.append(piece)
+            left -= len(piece)
+            at += len(piece)
+            if at == len(pieces[number]):
+                number, at = number + 1, 0
+        found.append(b"".join(taken))
+    return found
