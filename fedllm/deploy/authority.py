@@ -180,11 +180,11 @@ class Authority:
             return {}
         try:
             return {str(n): str(pem).encode() for n, pem in dict(json.loads(file.read_text(encoding="utf-8"))).items()}
-        except (ValueError, TypeError):
+        except (OSError, ValueError, TypeError):
             raise ConfigError(f"{file} cannot be read.", action="Restore it from a copy.") from None
 
     def _keep(self, name: str, pem: bytes) -> None:
         told = {**self._own(), name: pem}
         file = self.folder / AUTHORITY / OWN
-        durable.write(file, (json.dumps({n: p.decode() for n, p in told.items()}, indent=1) + "\n").encode())
-        file.chmod(0o600)
+        data = json.dumps({n: p.decode() for n, p in told.items()}, indent=1) + "\n"
+        durable.write(file, data.encode(), durable.OWN)

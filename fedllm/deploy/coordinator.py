@@ -15,18 +15,21 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedllm.core.errors import ConfigError, FedLLMError, RunError
+from fedllm.core.errors import ConfigError, DecodeError, FedLLMError, RunError
 from fedllm.deploy.kit import Kit
 from fedllm.engine import durable
 from fedllm.engine.nvflare import session as sessions
-from fedllm.engine.nvflare.parts import NAME
+from fedllm.engine.nvflare.parts import NAME, RESERVED
 from fedllm.engine.nvflare.standing import Standing
+
+if TYPE_CHECKING:
+    from fedllm.recipe import Recipe
 
 RUNS, RESULTS = "fedllm/runs", "fedllm/results"
 """Folders in a coordinator's kit: what was submitted, and what was fetched."""
@@ -34,6 +37,8 @@ CONNECT, PATIENCE = 5.0, 20.0
 """Seconds in which the server's port has to answer, and the server behind it."""
 AGAIN = 20.0
 """Seconds in which the server goes on with a run that it lost, where it does."""
+ELSEWHERE: Mapping[str, Any] = {"name": None, "partition": {"by": "iid", "clients": 1}}
+"""The section `data` of a signed recipe: rows are not named."""
 TOLD = ("model", "round", "used", "loss", "lost", "rejected", "failed", "bytes_up", "bytes_down", "seconds")
 """What is shown of a round."""
 
@@ -65,25 +70,49 @@ class Record:
     def submit(self, kit: Kit, admin: sessions.Session) -> Record:
         """Submit it (again) and keep it.
 
+        It is written down before: a run whose job is on its way when this process ends can be stopped and looked at.
+
         Raises:
+            ManifestError: it cannot be signed.
             RunError: the server does not take it.
         """
-        with translated():
-            job = admin.submit(
-                self.run,
-                self.recipe,
-                self.sites,
-                purpose=self.purpose,
-                data_sets=tuple(self.data_sets),
-                quorum=self.quorum,
-                kit=kit.folder,
-            )
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        found = replace(self, jobs=[*self.jobs, job], submitted=now)
         place = kit.folder / RUNS / f"{self.run}.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(place, (json.dumps(asdict(found), indent=1) + "\n").encode())
+        new = not place.is_file()
+        self._keep(place)
+        try:
+            with translated():
+                job = admin.submit(
+                    self.run,
+                    self.recipe,
+                    self.sites,
+                    purpose=self.purpose,
+                    data_sets=tuple(self.data_sets),
+                    quorum=self.quorum,
+                    kit=kit.folder,
+                )
+        except (ConfigError, DecodeError):  # it was not signed, so nothing was sent
+            if new:
+                place.unlink()
+            raise
+        return replace(self, jobs=[*self.jobs, job])._keep(place)
+
+    def _keep(self, place: Path) -> Record:
+        """Write it down as submitted now."""
+        found = replace(self, submitted=datetime.now(UTC).isoformat(timespec="seconds"))
+        durable.write(place, (json.dumps(asdict(found), indent=1) + "\n").encode(), durable.OWN)
         return found
+
+
+def across(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as it is signed, in JSON values: without what lies on this machine.
+
+    Each site has its own section `data`, and the server its own folder of runs.
+    """
+    from fedllm.data.settings import DataSettings
+
+    runs = type(recipe).model_fields["runs"].default
+    there = recipe.model_copy(update={"data": DataSettings.model_validate(ELSEWHERE), "runs": runs})
+    return there.model_dump(mode="json")
 
 
 def records(kit: Kit) -> dict[str, Record]:
@@ -114,6 +143,10 @@ def free_name(kit: Kit, wanted: str | None, recipe: str) -> str:
         return f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if not NAME.fullmatch(wanted):
         raise ConfigError(f"'{wanted}' is no id of a run.", "Allowed: letters, digits, '.', '_' and '-'.")
+    if RESERVED.fullmatch(wanted):
+        raise ConfigError(
+            f"No run can have the id '{wanted}'.", "Sites keep something else under it.", None, "Choose another."
+        )
     if wanted in records(kit):
         raise ConfigError(
             f"There is a run '{wanted}' already.",
@@ -189,9 +222,23 @@ def jobs(admin: sessions.Session) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda one: str(one["submitted"]), reverse=True)
 
 
+def known(admin: sessions.Session, run: Record) -> str | None:
+    """FLARE's id of the job that plays a run, or did last: the server submits a run that it lost again by itself.
+
+    None where the server has none, as this process ended before the first was there.
+    """
+    return admin.newest(run.run) or (run.jobs[-1] if run.jobs else None)
+
+
 def newest(admin: sessions.Session, run: Record) -> str:
-    """FLARE's id of the job that plays a run, or did last: the server submits a run that it lost again by itself."""
-    return admin.newest(run.run) or run.jobs[-1]
+    """As :func:`known`; raises :class:`RunError` where there is none."""
+    found = known(admin, run)
+    if found is None:
+        raise RunError(
+            f"The run '{run.run}' did not reach the server.",
+            action=f"Submit it: fedllm deploy resume {run.run} --kit KIT",
+        )
+    return found
 
 
 def goes_on(admin: sessions.Session, run: Record, job: str, patience: float = AGAIN) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 from fedllm.core.errors import ConfigError
 from fedllm.deploy.term import Term, minute
-from fedllm.engine import durable
 from fedllm.engine.nvflare import kits
 from fedllm.engine.nvflare.facts import NAME
 
@@ -154,15 +153,14 @@ class Kit:
         """What `local/fedllm.json` says; raises :class:`ConfigError` where it is not JSON."""
         file = self.folder / "local" / NAME
         try:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as fault:
-            raise ConfigError(f"{file} is not valid JSON: {fault}.", action="Correct it.") from None
-        return dict(found)
+            return dict(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+        except (OSError, ValueError, TypeError) as fault:
+            raise ConfigError(
+                f"{file} cannot be read: {fault}.", "It is a mapping in JSON.", action="Correct it."
+            ) from None
 
     def settle(self, facts: Mapping[str, Any]) -> None:
         """Write `local/fedllm.json` and the policies, whose storage lies where the kit lies now: kits travel."""
-        if facts != self.facts():
-            durable.write(self.folder / "local" / NAME, (json.dumps(dict(facts), indent=1) + "\n").encode())
         kits.harden(self.folder, facts)
 
 

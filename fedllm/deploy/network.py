@@ -34,8 +34,6 @@ AUTHORITY = "authority"
 """Folder of the certificate authority: its key and copies of all participants' keys."""
 LAST = "network.json"
 """What was provisioned last."""
-PRIVATE = 0o700
-"""Mode of folders that hold private keys."""
 Role = Literal["project_admin", "org_admin", "lead", "member"]
 Key = Literal["made", "own"]
 ORGANISATION, SITE = r"[A-Za-z0-9_]{1,63}", r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}"
@@ -194,8 +192,7 @@ def provision(network: NetworkFile, folder: Path) -> Provisioned:
     kept = {name: place for name, place in places.items() if place.exists()}
     made = {name: place for name, place in places.items() if name not in kept}
     for part in (folder, folder / KITS, folder / AUTHORITY):
-        part.mkdir(parents=True, exist_ok=True)
-        part.chmod(PRIVATE)
+        durable.own(part)
     if made:
         _make(network, folder, made)
     durable.write(folder / LAST, (json.dumps(network.model_dump(mode="json"), indent=1) + "\n").encode())
@@ -204,11 +201,19 @@ def provision(network: NetworkFile, folder: Path) -> Provisioned:
 
 
 def last(folder: Path) -> NetworkFile | None:
-    """What was provisioned in `folder` last; None where nothing was."""
+    """What was provisioned in `folder` last; None: nothing. Raises :class:`ConfigError` where it cannot be read."""
     file = folder / LAST
     if not file.is_file():
         return None
-    return NetworkFile.from_values(json.loads(file.read_text(encoding="utf-8")))
+    try:
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
+        raise ConfigError(
+            f"{file} cannot be read: {type(fault).__name__}.",
+            "It says what was provisioned last.",
+            action="Restore it from a copy.",
+        ) from None
+    return NetworkFile.from_values(values)
 
 
 def _make(network: NetworkFile, folder: Path, made: Mapping[str, Path]) -> None:
@@ -218,12 +223,12 @@ def _make(network: NetworkFile, folder: Path, made: Mapping[str, Path]) -> None:
         fresh = kits.provision(network.to_network(), folder / AUTHORITY, {})
     for name, place in made.items():
         shutil.move(fresh[name], place)
-        place.chmod(PRIVATE)
+        durable.own(place)
     stage = next(iter(fresh.values())).parent
     shutil.rmtree(stage)
     for current, _, files in os.walk(folder / AUTHORITY):
         for file in files:
-            (Path(current) / file).chmod(0o600)
+            (Path(current) / file).chmod(durable.OWN)
     server = made.get(network.server.host)
     if server is not None:
         kits.harden(server, {})  # its storage lies where the kit lies now

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,12 +114,12 @@ def _key(file: Path) -> certificates.Private:
     if file.is_file():
         return certificates.private(file.read_bytes(), str(file))
     for place in (file.parent.parent, file.parent):
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place.chmod(0o700)
+        durable.own(place)
     pem = certificates.new_key()
-    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(opened, "wb") as handle:
-        handle.write(pem)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        durable.create(file, pem, durable.OWN)
+    except OSError as fault:
+        raise ConfigError(
+            f"The key {file} cannot be made: {fault.strerror}.", action="Give the command again, or another folder."
+        ) from None
     return certificates.private(pem, str(file))

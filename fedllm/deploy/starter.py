@@ -19,13 +19,17 @@ site: SITE
 # max_rounds: 50
 # max_clients: 10
 
+# Days since a run was signed at most, also where it goes on.
+# max_age: 90
+
 # When this site works: always, or windows in UTC, such as ['18:00-06:00'].
 # hours: always
 
 # What is answered: work (training), evaluate and evaluate_base (measuring the trained and the base model).
 # ops: [work, evaluate, evaluate_base]
 
-# What may leave: 'update' is the trained adapter, 'header' weight, metrics, numbers and names. How many bytes of it.
+# What may leave: 'update' is the trained adapter, 'header' weight, metrics, numbers and names. Texts that a method
+# sends, such as answers of a model, are a part of their own ('texts'). How many bytes of it.
 # parts: [header, update]
 # max_egress_round: 100_000_000
 # max_egress_run: 2_000_000_000

@@ -31,16 +31,15 @@ def lasting(guard: Guard, file: Path) -> None:
     if file.is_file():
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as fault:
+        except (OSError, ValueError) as fault:
             raise RunError(
-                f"{file} is damaged: {fault}.",
+                f"The file {file.name} cannot be read: {type(fault).__name__}.",
                 "It is the account of what was spent of the privacy of this run's data.",
                 action="Restore the file from a copy; what was spent cannot be guessed.",
             ) from fault
         guard.recall(facts)
 
     def keep(facts: Json) -> None:
-        durable.write(file, json.dumps(facts).encode())
-        file.chmod(0o600)
+        durable.write(file, json.dumps(facts).encode(), durable.OWN)
 
     guard.keep = keep

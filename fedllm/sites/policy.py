@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +26,14 @@ from fedllm.sites.audit import Entry
 from fedllm.sites.manifest import Manifest
 
 HEADER = "header"
-"""The part of every message that is no tensor: weight, metrics, numbers, texts and names."""
+"""The part of every message that is in no other: weight, metrics, numbers and names."""
 ANY = "*"
 """Stands for every name in the rules of :data:`OPEN`; in others it is a name like any other, which nobody has."""
 OPEN = ("methods", "ops", "parts")
 DAY = 24 * 60
 """Minutes of a day."""
+AHEAD = timedelta(days=1)
+"""So far may the clock of who signed a run be ahead."""
 _WINDOW = re.compile(r"(\d\d):(\d\d)-(\d\d):(\d\d)")
 
 
@@ -169,13 +171,15 @@ class Policy(_Rules):
     """Rounds of a run at most."""
     max_clients: int = Field(0, ge=0)
     """Members of a run at most."""
+    max_age: int = Field(90, ge=1, le=36_500)
+    """Days since the run was signed at most, also where it goes on: a server cannot keep it for later."""
     hours: Literal["always"] | tuple[str, ...] = ()
     """When this site works: windows such as 18:00-06:00 (UTC, without the last minute), or `always`."""
     ops: tuple[str, ...] = ()
     """Client-side functions that are answered: work, evaluate, ...; `*`: all of a method that is allowed."""
     parts: tuple[str, ...] = ()
-    """Parts of an upload that may leave, as they are named on the wire; `*`: all. `header` is what is not a tensor:
-    weight, metrics, numbers and texts; every upload has one."""
+    """Parts of an upload that may leave, as they are named on the wire; `*`: all. `header` is what is in no
+    other: weight, metrics, numbers and names; every upload has one."""
     max_egress_run: int = Field(0, ge=0)
     """Bytes that may leave in a run."""
     max_egress_round: int = Field(0, ge=0)
@@ -199,7 +203,7 @@ class Policy(_Rules):
         if self.parts and HEADER not in self.parts and ANY not in self.parts:
             raise ConfigError(
                 f"policy.parts={', '.join(self.parts)} lacks '{HEADER}', so that no upload could leave.",
-                "Every upload has one: its weight, metrics, numbers and texts.",
+                "Every upload has one: its weight, metrics, numbers and names.",
                 action=f"Add {HEADER}, or remove policy.parts.",
             )
         return self
@@ -232,7 +236,12 @@ class Policy(_Rules):
 
     def refusals(self, manifest: Manifest, now: datetime) -> list[PolicyRefused]:
         """Every rule that the run breaks; see :meth:`admits`."""
-        return [*self._who(manifest), *self._when(now), *self._how(manifest), *_modes(self.require, manifest.modes)]
+        found = [*self._who(manifest), *self._when(now), *self._signed(manifest, now), *self._how(manifest)]
+        return [*found, *_modes(self.require, manifest.modes)]
+
+    def plays(self, method: str) -> Decision:
+        """Whether a method may be played beside the one of the manifest."""
+        return _decision([*_listed("method", method, "methods", self.methods)])
 
     def answers(self, op: str, round: int, now: datetime) -> Decision:
         """Whether a request is answered: its client-side function, its round, the hour."""
@@ -284,6 +293,7 @@ class Policy(_Rules):
             _says("Data sets:", self.data_sets),
             f"A run has at most {self.max_rounds} rounds and {self.max_clients} members"
             + (f", one of which is {self.site}." if self.site is not None else "."),
+            f"A run was signed no more than {self.max_age} days ago.",
             "The site works at any time." if self.hours == "always" else _says("It works (UTC):", self.hours, "never"),
             _says("It answers:", self.ops, "no request"),
             _says("Parts of an upload that may leave:", self.parts),
@@ -314,6 +324,21 @@ class Policy(_Rules):
                 f"This site does not work at {now.astimezone(UTC):%H:%M} UTC.",
                 f"policy.hours: {windows}.",
                 action="Come back then.",
+            )
+
+    def _signed(self, manifest: Manifest, now: datetime) -> Iterator[PolicyRefused]:
+        age, day = now - manifest.created, f"{manifest.created.astimezone(UTC):%Y-%m-%d}"
+        if age > timedelta(days=self.max_age):
+            yield PolicyRefused(
+                f"The run was signed on {day}, {age.days:,} days ago.",
+                f"policy.max_age: at most {self.max_age:,} days.",
+                action=f"Have its coordinator sign it again: fedllm deploy resume {manifest.run} --kit KIT",
+            )
+        if -age > AHEAD:
+            yield PolicyRefused(
+                f"The run was signed on {day}, which is {(-age).days:,} days from now.",
+                "policy.max_age counts the days since.",
+                action="Set the clock, here or where it was signed, and sign it again.",
             )
 
     def _how(self, manifest: Manifest) -> Iterator[PolicyRefused]:

@@ -143,7 +143,7 @@ def test_nothing_is_signed_before_somebody_has_compared(place: Path, monkeypatch
     file, line = place / "north" / "north.csr", ["sign", place / "north" / "north.csr", "--folder", place / "net"]
     shown = Request.of(file).fingerprint
     assert f"Nobody compared the fingerprint. north (north_clinic): {shown}" in refused(*line)
-    assert "is none of those given" in refused(*line, "--fingerprint", "AB" * 32)
+    assert "The one given is another: AB:AB" in refused(*line, "--fingerprint", "AB" * 32)
     assert "'AB:CD' is no fingerprint." in refused(*line, "--fingerprint", "AB:CD")
     assert not (place / "net" / "packages").exists()
     monkeypatch.setattr("fedllm.cli.deploy.keys._terminal", lambda: True)

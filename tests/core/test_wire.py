@@ -235,8 +235,32 @@ def test_sizes_by_part_are_exact() -> None:
     sizes = size_by_part(data)
     assert sizes["update"] == 3 * 4 * 4 + 2 * 8
     assert sizes["control"] == 10
-    assert "words" not in sizes, "texts have no tensors: they travel in the header"
+    assert sizes["words"] == len('["hello"]'), "texts travel in the file's header, and count by themselves"
     assert sum(sizes.values()) == len(data)
+
+
+@pytest.mark.parametrize("text", ["", "x", "a" * 5000, 'he said "no"\\', "Zürich 🙂\n"])
+def test_what_has_no_tensors_is_told_too(text: str) -> None:
+    """A site's policy lists parts by name: nothing a client says may pass as the header."""
+    plain = size_by_part(encode(Upload(None, numbers={"a": 1})))
+    upload = Upload(None, numbers={"a": 1}, said=Texts((text,)), many=Scalars({"loss": 1.5}))
+    data = encode(upload)
+    sizes = size_by_part(data)
+    assert set(sizes) == {"said", "many", "header"} and sum(sizes.values()) == len(data)
+    assert sizes["said"] >= len(text) and sizes["many"] == len('{"loss": 1.5}')
+    assert plain["header"] < sizes["header"] < plain["header"] + 250 + sizes["said"] // 2, "names and what JSON escapes"
+    assert size_by_part(encode(Upload({})))["update"] == 0
+
+
+@pytest.mark.parametrize("facts", ["[" * 900 + "]" * 900, '["éééééééééééééééééééééééééééé"]'])
+def test_sizes_of_a_message_that_others_made_add_up(facts: str) -> None:
+    """Facts of a form that this package does not write, or so deep that writing them may fail."""
+    part = f'{{"kind": "dense", "facts": {facts}}}'
+    structure = f'{{"version": 1, "class": "message", "numbers": {{}}, "parts": {{"p": {part}}}}}'
+    data = _file({}, {"fedllm": structure})
+    decode(data)
+    sizes = size_by_part(data)
+    assert sum(sizes.values()) == len(data) and min(sizes.values()) >= 0
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -44,6 +44,7 @@ def run(method: str = "fedavg", **given: Any) -> Manifest:
         "model": {"name": "tiny", "fingerprint": None, "licence": None},
         "members": ["north"],
         "quorum": 1,
+        "created": NOON,
     }
     return Manifest.of({"rounds": 3, "method": {"name": method}}, **{**values, **given})
 

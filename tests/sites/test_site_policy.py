@@ -157,6 +157,32 @@ def test_a_policy_without_a_name_does_not_look_for_it(tmp_path: Path) -> None:
     allowed(policy(tmp_path, site=None).admits(run(members=["site-2"], quorum=1), NOON))
 
 
+# --- how long a signature is good -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rules", "days"), [({}, 90), ({"max_age": 1}, 1), ({"max_age": 400}, 400)])
+def test_a_run_is_taken_for_so_many_days_after_it_was_signed(tmp_path: Path, rules: dict[str, Any], days: int) -> None:
+    aged, second = policy(tmp_path, **rules), timedelta(seconds=1)
+    allowed(aged.admits(run(), NOON + timedelta(days=days)))
+    late = aged.admits(run(), NOON + timedelta(days=days) + second)
+    refused(late, f"policy.max_age: at most {days} days.", "signed on 2026-03-01", "fedllm deploy resume run-1")
+    allowed(aged.admits(run(), NOON - timedelta(days=1)))
+    refused(aged.admits(run(), NOON - timedelta(days=1) - second), "policy.max_age", "from now", "Set the clock")
+    assert f"A run was signed no more than {days} days ago." in aged.sentences()
+
+
+def test_an_age_is_always_bounded(tmp_path: Path) -> None:
+    for wrong in (0, None, "always", 10**12):
+        with pytest.raises(ConfigError, match="max_age"):
+            policy(tmp_path, max_age=wrong)
+
+
+def test_methods_beside_that_of_the_manifest(tmp_path: Path) -> None:
+    full = policy(tmp_path)
+    allowed(full.plays("fedprox"))
+    refused(full.plays("fedavgm"), "policy.methods", "'fedavgm'")
+
+
 # --- requests --------------------------------------------------------------------------------------------------------
 
 

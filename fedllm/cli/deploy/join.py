@@ -49,6 +49,7 @@ def join(
     with screen.loading("Looking"):
         from fedllm.deploy import checkup, starter
         from fedllm.deploy.kit import POLICY, Kit
+        from fedllm.engine import durable
 
         place = Kit.of(kit, "site")
         facts = _site_facts(place, overrides or [], data, client, by, device, model)
@@ -59,7 +60,7 @@ def join(
     allowed = _sentences(rules) if rules is not None else []
     written = None
     if rules is None and not check:
-        own.write_text(starter.policy(place.name), encoding="utf-8")
+        durable.write(own, starter.policy(place.name).encode())
         written = str(own)
     if as_json:
         checks = [asdict(one) for one in found]
@@ -72,12 +73,22 @@ def join(
     if check:
         return
     if policy is not None and policy.resolve() != own:
-        own.write_bytes(policy.read_bytes())
+        durable.update(own, _read(policy))
     place.settle(facts)
     if unit is not None:
         write_unit(place, ["join", str(place.folder)], unit)
         return
     foreground(place)
+
+
+def _read(file: Path) -> bytes:
+    """A file that the person named; raises :class:`ConfigError` where it cannot be read."""
+    from fedllm.core.errors import ConfigError
+
+    try:
+        return file.read_bytes()
+    except OSError as fault:
+        raise ConfigError(f"{file} cannot be read: {fault.strerror}.", action="Name the policy's file.") from None
 
 
 def _site_facts(

@@ -52,7 +52,10 @@ def sign(
     files: Annotated[list[Path], typer.Argument(metavar="REQUEST...", help="What participants sent.")],
     fingerprint: Annotated[
         list[str] | None,
-        typer.Option(help="What a participant told over another channel; asked for where left out. May be repeated."),
+        typer.Option(
+            metavar="[NAME=]FINGERPRINT",
+            help="What a participant told over another channel; asked for where left out. With NAME, once for each.",
+        ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Sign another key than the participant had.")] = False,
     folder: Network = NET,
@@ -71,9 +74,10 @@ def sign(
         twice = [one.name for one in requests if [other.name for other in requests].count(one.name) > 1]
         if twice:
             raise ConfigError(f"Two requests are of '{twice[0]}'.", action="Name the one that it means.")
+        _keys_differ(requests)
         terms, new = authority.terms(), [one for one in requests if not authority.known(one)]
         ends = {one.name: terms[one.name].end for one in new if one.name in terms}
-    _compared(new, fingerprint or [])
+    _compared(requests, new, fingerprint or [])
     with screen.loading("Signing"):
         packages = {one.name: authority.sign(one, replace) for one in requests}
     _show_packages(authority, packages, as_json)
@@ -83,26 +87,76 @@ def sign(
         screen.warn([f"{former} Where that key may be in other hands, {away}, and give the participant a new name."])
 
 
-def _compared(new: list[Request], told: list[str]) -> None:
-    """Have the fingerprints of new keys compared; raises :class:`ConfigError` where one is another, or nobody looks."""
+def _keys_differ(requests: list[Request]) -> None:
+    """Raise :class:`ConfigError` where two participants ask for the same key."""
     from fedllm.core.errors import ConfigError
-    from fedllm.deploy import certificates
 
-    given = [certificates.written(text) for text in told]
-    for one in new:
-        if given and one.fingerprint not in given:
+    seen: dict[str, str] = {}
+    for one in requests:
+        other = seen.setdefault(one.fingerprint, one.name)
+        if other != one.name:
             raise ConfigError(
-                f"The key of '{one.name}' has the fingerprint {one.fingerprint}.",
-                "That is none of those given.",
-                action=f"Do not sign it; ask '{one.name}' what it sent.",
+                f"The requests of '{other}' and '{one.name}' are for one key, {one.fingerprint}.",
+                "Each has its own.",
+                action="Sign neither; ask both what they sent.",
             )
-    if given or not new:
+
+
+def _compared(requests: list[Request], new: list[Request], told: list[str]) -> None:
+    """Have the fingerprint of each key compared with what its owner told; nobody is asked about a key that is known.
+
+    Raises:
+        ConfigError: a fingerprint is another, is missing, is of nobody or stands twice, or nobody looks.
+    """
+    from fedllm.core.errors import ConfigError
+
+    if told:
+        given = _by_name(requests, told)
+        for one in requests:
+            if one.name in given and given[one.name] != one.fingerprint:
+                raise ConfigError(
+                    f"The key of '{one.name}' has the fingerprint {one.fingerprint}.",
+                    f"The one given is another: {given[one.name]}.",
+                    action=f"Do not sign it; ask '{one.name}' what it sent.",
+                )
+        missing = [one.name for one in new if one.name not in given]
+        if missing:
+            raise ConfigError(
+                f"No fingerprint is given for '{missing[0]}'.",
+                "Where some are given, each request needs its own.",
+                action=f"Give it as well: --fingerprint {missing[0]}=FINGERPRINT",
+            )
+        return
+    if not new:
         return
     _asked(
         {f"{one.name} ({one.organisation})": one.fingerprint for one in new},
         "Did each of them tell you this fingerprint, over another channel?",
-        "--fingerprint FINGERPRINT",
+        "--fingerprint FINGERPRINT" if len(requests) == 1 else "--fingerprint NAME=FINGERPRINT, once for each",
     )
+
+
+def _by_name(requests: list[Request], told: list[str]) -> dict[str, str]:
+    """Participant -> the fingerprint that is given for it; raises :class:`ConfigError` where that is not clear."""
+    from fedllm.core.errors import ConfigError
+    from fedllm.deploy import certificates
+
+    names, found = [one.name for one in requests], dict[str, str]()
+    for text in told:
+        name, equals, fingerprint = text.rpartition("=")
+        if not equals and len(names) > 1:
+            raise ConfigError(
+                f"The fingerprint {text} is given for one of {len(names)} requests.",
+                "It is said which.",
+                action="Write --fingerprint NAME=FINGERPRINT, once for each.",
+            )
+        name = name if equals else names[0]
+        if name not in names:
+            raise ConfigError.unknown("request of", name, names)
+        if name in found:
+            raise ConfigError(f"Two fingerprints are given for '{name}'.", "One request has one key.")
+        found[name] = certificates.written(fingerprint)
+    return found
 
 
 def _asked(fingerprints: Mapping[str, str], question: str, option: str) -> None:

@@ -65,7 +65,7 @@ def run_recipe(
         there = admin.sites()
         wanted = [one.strip() for one in sites.split(",") if one.strip()] if sites is not None else there
         _present(wanted, there)
-        values = settled.model_dump(mode="json")
+        values = coordinator.across(settled)
         record = coordinator.Record(name, values, sorted(set(wanted)), purpose, list(data_set or []), quorum)
         record = record.submit(place, admin)
     submitted(place, record, follow, as_json)
@@ -172,7 +172,8 @@ def resume(run: Run, kit: KitOption, follow: Follow = True, as_json: Json = Fals
         record = coordinator.record(place, run)
         with coordinator.connected(place) as admin:
             with coordinator.translated():
-                state = admin.status(coordinator.newest(admin, record))
+                job = coordinator.known(admin, record)
+                state = admin.status(job) if job is not None else ""
             if state == GOOD:
                 raise RunError(f"{run} has reached its end.", action=f"Fetch it: fedllm deploy fetch {run} --kit {kit}")
             _present(record.sites, admin.sites())

@@ -21,10 +21,17 @@ from fedllm.engine.nvflare.record import FILE, UNTOLD, ClientLost, Record, refer
 from fedllm.engine.nvflare.trust import MANIFEST, Signed, checked, owner
 from fedllm.sites.audit import Digest, Entry
 from fedllm.sites.manifest import Manifest, ManifestError
-from fedllm.sites.policy import Egress, Policy, PolicyRefused
+from fedllm.sites.policy import Decision, Egress, Policy, PolicyRefused
 
-FEDERATED, BASE = "federated", "base"
-"""The leg of the recipe's own method, and that which measures the base model."""
+FEDERATED, BASE, LOCAL = "federated", "base", "local"
+"""Legs: the recipe's own method; what measures the base model; what trains each client alone."""
+CENTRAL = "central"
+"""All rows in one place: a leg at home, and never at a site."""
+WORK, MEASURING = "work", ("evaluate", "evaluate_base")
+"""Client-side functions: training, and what measures held-out rows (:data:`fedllm.core.guard.MEASURING`; that module
+imports torch)."""
+HIDING = ("privacy", "secure", "encrypted")
+"""Modes whose promise would be void if the same rows were trained on in the open beside them."""
 BEGUN = ("start", "resume")
 
 
@@ -94,11 +101,13 @@ class Gate:
         return self.record.note(action, payload=Digest.of(run.manifest.what()), peer=meta.get("audit"))
 
     def leg(self, meta: Mapping[str, Any]) -> None:
-        """Raise :class:`PolicyRefused` for a method that the manifest does not speak of; note what the server says."""
-        manifest, leg = self._accepted().manifest, meta["leg"]
-        legs = (FEDERATED, *manifest.recipe.get("evaluation", {}).get("against", ()))
-        if leg not in (*legs, BASE):
-            raise PolicyRefused(f"The server asks for '{leg}'.", f"The manifest speaks of {', '.join(legs)}.")
+        """Raise :class:`PolicyRefused` for a model that the manifest does not speak of; note what the server says."""
+        run, leg = self._accepted(), meta["leg"]
+        spoken = legs(run.manifest)
+        if leg not in spoken:
+            raise PolicyRefused(f"The server asks for '{leg}'.", f"The manifest speaks of {', '.join(spoken)}.")
+        if leg not in (FEDERATED, BASE, LOCAL):
+            run.policy.plays(leg).require()
         self._orders(leg, meta["orders"])
         mark = meta.get("checkpoint") or {}
         if reference(mark.get("audit")) not in (None, self._marked):
@@ -110,7 +119,10 @@ class Gate:
         run, refused, notes = self._accepted(), dict[str, Letter](), []
         digests = [Digest(one, len(blob)) for one, blob in zip(letter.digests, letter.blobs, strict=True)]
         for asked in letter.meta["requests"]:
-            decision = run.policy.answers(str(asked["op"]), asked["round"], self.now())
+            op = str(asked["op"])
+            decision = run.policy.answers(op, asked["round"], self.now())
+            if decision.allowed:
+                decision = Decision(beside(run.manifest, letter.meta["leg"], op))
             about: dict[str, Any] = {"round": asked["round"], "client": asked["client"], "peer": asked.get("audit")}
             notes.append(self.record.made("receive", **about, payload=digests[asked["body"]]))
             notes.append(self.record.made("request", **about, decision=decision.word, reason=decision.fault))
@@ -202,6 +214,33 @@ class Gate:
             )
         not_another(manifest, entries)
         return manifest
+
+
+def legs(manifest: Manifest) -> tuple[str, ...]:
+    """The models of a run: the recipe's own, and those with which it is compared, as its signed recipe says."""
+    evaluation = manifest.recipe.get("evaluation") or {}
+    return (FEDERATED, *(name for name in evaluation.get("against") or () if name != CENTRAL))
+
+
+def beside(manifest: Manifest, leg: str, op: str) -> PolicyRefused | None:
+    """Why a client-side function is not answered for a model of the run, whatever the policy says of the function.
+
+    A mode protects what the recipe's own method trains. The base model is not trained; a client alone sends no
+    parameters (:mod:`fedllm.methods.baseline.local`); any other model would be trained in the open on the same rows.
+    """
+    hiding = [mode for mode in HIDING if mode in manifest.modes]
+    ops = {
+        FEDERATED: (WORK, *MEASURING) if hiding else None,
+        BASE: ("evaluate_base",),
+        LOCAL: (WORK, *MEASURING),
+    }.get(leg, MEASURING if hiding else None)
+    if ops is None or op in ops:
+        return None
+    return PolicyRefused(
+        f"The server asks for '{op}' of the model '{leg}'.",
+        f"Answered{f' beside {hiding[0]}' if hiding else ''}: {', '.join(ops)}.",
+        action="Ask who runs the server: fedllm's own does not ask for it.",
+    )
 
 
 def not_another(manifest: Manifest, entries: Sequence[Entry]) -> None:

@@ -1,6 +1,7 @@
 """Job - the three files that FLARE calls a job; no code is in them, only a recipe and the names of two classes.
 
-FLARE evaluates any text of the form `{...}` in these files as an expression, so the run travels as base64.
+FLARE puts its variables, those of the process's environment among them, in place of any `{name}` in these files, so the
+run travels as base64.
 """
 
 from __future__ import annotations

@@ -21,12 +21,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedllm.core.errors import DecodeError, FedLLMError
+from fedllm.engine import durable
 from fedllm.engine.nvflare.facts import SiteFacts
 from fedllm.engine.nvflare.gate import Gate, no
-from fedllm.engine.nvflare.parts import META_LIMIT, NAME, Letter
+from fedllm.engine.nvflare.parts import META_LIMIT, NAME, RESERVED, Letter
 from fedllm.engine.nvflare.pipe import Closed, Pipe
 
 LOOK = 0.05
@@ -75,9 +76,8 @@ class Process:
         """Start a process; one that runs is ended first."""
         self.stop()
         here, there = socket.socketpair()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         words = ["-m", self.module, "--end", str(there.fileno()), "--kit", str(self.kit)]
-        with self.log.open("ab") as log:
+        with _private(self.log, os.O_APPEND) as log:
             self._process = subprocess.Popen(
                 [sys.executable, *words],
                 pass_fds=[there.fileno()],
@@ -85,6 +85,7 @@ class Process:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                umask=0o077,  # rows may be quoted in what it writes
             )
         there.close()
         self._pipe, self._letters = Pipe(here), queue.Queue()
@@ -185,9 +186,8 @@ class Replies:
         """Keep a reply; it appears whole or not at all."""
         facts = json.dumps({"meta": reply.meta, "sizes": [len(blob) for blob in reply.blobs]}).encode()
         file = self._file(leg, reply.meta["id"])
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
-        with partial.open("wb") as handle:
+        with _private(partial, os.O_TRUNC) as handle:
             handle.writelines([len(facts).to_bytes(8, "little"), facts, *reply.blobs])
         partial.replace(file)
 
@@ -220,6 +220,7 @@ class Keeper:
     """
 
     def __init__(self, kit: Path, facts: SiteFacts) -> None:
+        durable.own(kit / facts.folder)
         self.gate, folder = Gate(kit, facts), kit / facts.folder
         self.process, self.replies = Process(kit, folder / "worker.log"), Replies(folder / "replies")
         self._hello: Letter | None = None
@@ -232,6 +233,10 @@ class Keeper:
         for name in ("run", "leg"):
             if not NAME.fullmatch(str(letter.meta.get(name, "x"))):
                 return _error(f"the server names a {name} '{letter.meta[name]}'")
+        if RESERVED.fullmatch(str(letter.meta.get("run", "x"))):
+            return _error(
+                f"no run can have the id '{letter.meta['run']}', the name of another thing in a site's folder"
+            )
         try:
             return self._handle(letter, stopped, begun)
         except Died as fault:
@@ -330,6 +335,12 @@ class Keeper:
             reason = str(fault)
         self.gate.lost([r for r in asked if r["id"] not in known], reason)
         return _replies([known.get(r["id"]) or no(r, reason) for r in asked], applied)
+
+
+def _private(file: Path, how: int) -> BinaryIO:
+    """A file that is open for writing and that its owner alone may read, made with its folder where there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | how, durable.OWN), "ab" if how == os.O_APPEND else "wb")
 
 
 def _nobody(letter: Letter) -> None:

@@ -11,8 +11,9 @@ for that (`nvflare cert`, `nvflare package`) writes other subjects and extension
 # pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,6 +38,8 @@ DAYS = 360
 """Days that a certificate is good, as FLARE's provisioning has it."""
 ROOT_DAYS = 3650
 """Days that the certificate of a new authority is good: no certificate outlives it, so that it bounds all renewals."""
+BEFORE = ".before"
+"""Ending of the authority's file as it was, while FLARE writes it anew."""
 FILES = (
     ("workspace.WorkspaceBuilder", {"template_file": ["master_template.yml"]}),
     ("static_file.StaticFileBuilder", {"config_folder": "config"}),
@@ -90,9 +93,10 @@ def provision(network: Network, folder: Path, facts: Mapping[str, Mapping[str, A
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
-    project = network.to_project(_root_days(folder, network.name))
-    (folder / "project.yml").write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
-    kits = _made(network, project, folder)
+    with _safe(_state_file(folder, network.name)):
+        project = network.to_project(_root_days(folder, network.name))
+        durable.write(folder / "project.yml", yaml.safe_dump(project, sort_keys=False).encode())
+        kits = _made(network, project, folder)
     for name in (network.server, *network.sites):
         harden(kits[name], facts.get(name, {}))
     return kits
@@ -159,9 +163,7 @@ def keep(folder: Path, network: str, name: str, certificate: bytes) -> None:
     """Put a participant's new certificate in the place of its former one, so that its next kit bears it."""
     state = _state(folder, network)
     state[name] = {**state[name], "cert": certificate.decode()}
-    file = _state_file(folder, network)
-    durable.write(file, json.dumps(state).encode())
-    file.chmod(0o600)
+    durable.write(_state_file(folder, network), json.dumps(state).encode(), durable.OWN)
 
 
 def issue(
@@ -222,6 +224,59 @@ def _state(folder: Path, network: str) -> dict[str, Any]:
         ) from None
 
 
+@contextlib.contextmanager
+def _safe(file: Path) -> Generator[None]:
+    """Let FLARE write the authority's file, which it does in place: the former content stays until the new one is safe.
+
+    Raises:
+        ConfigError: what FLARE wrote is not whole, or has lost the authority's key.
+    """
+    before = file.with_name(file.name + BEFORE)
+    if before.is_file() and _root_key(file) is None:
+        before.replace(file)  # it was interrupted
+    key, new = _root_key(file), not file.exists()
+    if key is not None:
+        _copy(file, before)
+    try:
+        yield
+        if file.is_file():
+            file.chmod(durable.OWN)
+            durable.flush(file)
+        if _root_key(file) is None or key not in (None, _root_key(file)):
+            raise ConfigError(
+                f"FLARE did not write {file} whole.",
+                "What was there before is there again." if key is not None else "",
+                action="Is the disk full? Make room, and provision again.",
+            )
+    except BaseException:
+        if key is not None:
+            before.replace(file)
+        elif new and _root_key(file) is None:
+            file.unlink(missing_ok=True)
+        raise
+    before.unlink(missing_ok=True)
+
+
+def _copy(file: Path, to: Path) -> None:
+    try:
+        durable.write(to, file.read_bytes(), durable.OWN)
+    except OSError as fault:
+        raise ConfigError(
+            f"The authority {file} cannot be copied: {fault.strerror}.",
+            "Nothing was changed.",
+            action="Is the disk full? Make room, and provision again.",
+        ) from None
+
+
+def _root_key(file: Path) -> str | None:
+    """The authority's private key in FLARE's file; None where the file is not there or not whole."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["root_pri_key"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _root_days(folder: Path, network: str) -> int:
     """How long a new authority is good; of one that is there, how long it is: FLARE takes no other number."""
     if not _state_file(folder, network).is_file():
@@ -238,19 +293,39 @@ def _root_days(folder: Path, network: str) -> int:
 
 
 def harden(kit: Path, facts: Mapping[str, Any]) -> None:
-    """Write a server's or site's policies and its own file."""
+    """Write a server's or site's policies and its own file, where they are others, and keep the kit from other users.
+
+    Raises:
+        ConfigError: a file of the kit cannot be read, or the kit belongs to somebody else.
+    """
+    durable.own(kit)
     local = kit / "local"
     _rewrite(local, "resources.json", lambda found: _resources(found, kit))
     _rewrite(local, "authorization.json", _authorization)
-    (local / NAME).write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
+    _put(local / NAME, dict(facts), 1)
 
 
 def _rewrite(local: Path, name: str, change: Any) -> None:
     source = next((file for file in (local / name, local / f"{name}.default") if file.is_file()), None)
     if source is None:
         raise ConfigError(f"{local} has no {name}.", action="Provision again: the kit is not whole.")
-    found = change(json.loads(source.read_text(encoding="utf-8")))
-    (local / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    try:
+        found = change(json.loads(source.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:
+        raise ConfigError(
+            f"{source} cannot be read: {type(fault).__name__}.", action="Restore the file, or get the kit again."
+        ) from None
+    _put(local / name, found, 2)
+
+
+def _put(file: Path, value: Any, indent: int) -> None:
+    """Write a file that does not say this already."""
+    try:
+        same = json.loads(file.read_text(encoding="utf-8")) == value
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        durable.write(file, (json.dumps(value, indent=indent) + "\n").encode())
 
 
 def _resources(found: dict[str, Any], kit: Path) -> dict[str, Any]:

@@ -73,12 +73,19 @@ class JournaledStore(PrivateStore):
     def _take_up(self) -> None:
         if not self.place.is_file():
             return
-        facts = json.loads(self.place.read_text(encoding="utf-8"))
-        self.restore(dict(facts["held"]))
-        for client, chain in facts["staged"].items():
+        try:
+            facts = json.loads(self.place.read_text(encoding="utf-8"))
+            held, chains, applied = dict(facts["held"]), dict(facts["staged"]), int(facts["applied"])
+        except (OSError, ValueError, LookupError, TypeError) as fault:
+            raise RunError(
+                f"The journal of what clients keep cannot be read: {type(fault).__name__}.",
+                action="Restore the site's folder, or start the run again.",
+            ) from None
+        self.restore(held)
+        for client, chain in chains.items():
             before: Filed | None = None
             for name in chain:
                 before = Filed(name, before)
             if before is not None:
                 self._staged[client] = before
-        self.applied = int(facts["applied"])
+        self.applied = applied

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import queue
 import socket
@@ -25,7 +24,8 @@ from fedllm.core.errors import ConfigError, DataError, FedLLMError, RunError
 from fedllm.core.guard import Guard
 from fedllm.core.server import Reply, Request
 from fedllm.core.wire import size_by_part
-from fedllm.engine import durable
+from fedllm.engine.lasting import FILE as PRIVACY
+from fedllm.engine.lasting import lasting
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.engine.nvflare import ground as grounds
 from fedllm.engine.nvflare.facts import SiteFacts, permitted, read_facts
@@ -33,9 +33,6 @@ from fedllm.engine.nvflare.gate import BASE, FEDERATED
 from fedllm.engine.nvflare.parts import Letter
 from fedllm.engine.nvflare.pipe import Closed, Pipe
 from fedllm.engine.nvflare.stores import JOURNAL, JournaledStore
-
-PRIVACY = "privacy.json"
-"""What a site's clients have spent of their privacy in a run, and the key of their noise; it stays at the site."""
 
 Tell = Callable[[Letter], None]
 
@@ -201,29 +198,16 @@ class Site:
         if name not in self.legs:
             run, ground = self.run, self.ground
             method = run.method_of(self.recipe, None if name == FEDERATED else "fedavg" if name == BASE else name)
-            guard = ground.guard if name == FEDERATED else Guard()
+            guard: Guard = ground.guard if name == FEDERATED else ground.guard.beside()
             worker: LocalWorker = ground.worker(method, None, False, guard)
             worker.discreet = True
             folder = self.kit / self.facts.folder / self.name / name
-            _lasting(guard, folder / PRIVACY)
+            if name == FEDERATED and guard.hides:
+                lasting(guard, folder / PRIVACY)
             store = JournaledStore(worker.private.declared, folder, self.again)
             worker.private = store
             self.legs[name] = Leg(worker, store, LocalEngine(worker, self.own.client_ids, ground.width))
         return self.legs[name]
-
-
-def _lasting(guard: Guard, file: Path) -> None:
-    """Go on with what this site's clients have spent of their privacy, and keep it on disk from now on."""
-    if not guard.hides:
-        return
-    if file.is_file():
-        guard.restore(json.loads(file.read_text(encoding="utf-8")), {})
-
-    def keep(facts: Any) -> None:
-        durable.write(file, json.dumps(facts).encode())
-        file.chmod(0o600)  # the key of the noise is in it
-
-    guard.keep = keep
 
 
 async def _answers(

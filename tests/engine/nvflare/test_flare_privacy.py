@@ -157,3 +157,56 @@ def test_other_training_under_the_same_name_is_paid_for_and_has_noise_of_its_own
             reasons.append(reply.error)
             break
     assert reasons and "privacy budget" in reasons[0] and spent(post, "greedy")["c2"] <= 8.0
+
+
+@pytest.mark.parametrize("defence", ["prune", "local-noise"])
+def test_a_shield_around_it_and_models_beside_it_open_nothing(tmp_path: Path, defence: str) -> None:
+    """A worker that dies forgets neither account nor key, and no other model of the run is trained in the open."""
+    import asyncio
+
+    from fedllm.core.message import Received
+    from fedllm.core.roster import ALL
+    from fedllm.core.server import Request
+    from fedllm.core.wire import decode, encode, size_by_part
+    from fedllm.engine.nvflare.engine import FlareEngine, Sites
+
+    post = rig.Loopback(tmp_path, homes={"site-1": ("c0", "c3")})
+    file = post.folder / "site-1" / "fedllm" / "run" / "federated" / "privacy.json"
+    once: list[Any] = []
+
+    def before(site: str, letter: Letter) -> None:
+        asked = letter.meta.get("requests", [])
+        if asked and asked[0]["round"] == 2 and not once:
+            once.append(json.loads(file.read_text()))
+            post.keepers[site].process.stop()
+
+    post.before, post.endless = before, True
+    secret = {**PRIVATE["privacy"], "key": "secret"}
+    shielded = {
+        **PRIVATE,
+        "rounds": 2,
+        "privacy": secret,
+        "defence": defence,
+        "evaluation": {"against": ["base", "local"]},
+    }
+    try:
+        away = post.play("run", rig.recipe(**shielded))
+        (first,), now = once, json.loads(file.read_text())
+        assert first["key"] == now["key"]
+        left, right = (Ledger.from_json(one["ledger"]).entries for one in (first, now))
+        assert len(left) == 2 and len(right) == 4 and left.items() <= right.items()
+        assert at_checkpoint(away.folder).entries == right, "the server has heard what was spent"
+        start = dict(away.state.params)
+
+        async def ask(leg: str) -> Any:
+            engine = FlareEngine(Sites(post, {"c0": "site-1", "c3": "site-1"}), leg, lambda client: ALL, False)
+            request = Request(f"{leg}-x", "c0", "work", 2, 2, 2, encode(Received(start)))
+            return [reply async for reply in engine.ask(iter([request]), None)]
+
+        said = {leg: asyncio.run(ask(leg))[0] for leg in ("base", "central", "fedavg", "local")}
+        assert [said[leg].body for leg in ("base", "central", "fedavg")] == [None] * 3
+        assert "the model 'base'" in said["base"].error and "asks for 'central'" in said["central"].error
+        alone: Any = decode(said["local"].body)
+        assert set(size_by_part(said["local"].body)) == {"header"} and alone.metrics == {} == alone.numbers
+    finally:
+        post.end()
