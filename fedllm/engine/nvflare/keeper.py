@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,8 @@ LOOK = 0.05
 """Seconds between two looks at whether the server still wants an answer."""
 MARGIN = 1.0
 """Seconds (at most a tenth of the deadline) kept for the way back of what was answered in time."""
+BEHIND = 2**20
+"""Bytes from which on a reply is written while it is on its way already."""
 LEFT = 3.0
 """Seconds a worker is given to end by itself."""
 
@@ -170,22 +173,46 @@ class Replies:
     """Replies on disk by leg and request id, until the round they belong to is settled.
 
     They are of use to this process alone (a job begins without any), so nothing waits until they are safe from a
-    failure of power.
+    failure of power. A large one is written while it is on its way already; until that is done, and where the disk is
+    full, it is held in memory.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._held: dict[Path, Letter] = {}
+        self._writer = ThreadPoolExecutor(1, "replies")
+        self._writing: list[Future[None]] = []
 
     def clear(self, leg: str | None = None) -> None:
         """Forget the replies of a leg, or all."""
+        wait(self._writing)
+        self._writing = []
+        for file in list(self._held):
+            if leg is None or file.parent.name == leg:
+                del self._held[file]
         for place in [self.folder / leg] if leg is not None else sorted(self.folder.glob("*")):
             for file in place.glob("*"):
                 file.unlink(missing_ok=True)
 
     def put(self, leg: str, reply: Letter) -> None:
         """Keep a reply; it appears whole or not at all."""
-        facts = json.dumps({"meta": reply.meta, "sizes": [len(blob) for blob in reply.blobs]}).encode()
         file = self._file(leg, reply.meta["id"])
+        if sum(len(blob) for blob in reply.blobs) < BEHIND:
+            self._write(file, reply)
+            return
+        self._held[file] = reply
+        self._writing = [one for one in self._writing if not one.done()]
+        self._writing.append(self._writer.submit(self._behind, file, reply))
+
+    def _behind(self, file: Path, reply: Letter) -> None:
+        try:
+            self._write(file, reply)
+        except OSError:
+            return  # it stays in memory
+        self._held.pop(file, None)
+
+    def _write(self, file: Path, reply: Letter) -> None:
+        facts = json.dumps({"meta": reply.meta, "sizes": [len(blob) for blob in reply.blobs]}).encode()
         partial = file.with_name(file.name + ".partial")
         with _private(partial, os.O_TRUNC) as handle:
             handle.writelines([len(facts).to_bytes(8, "little"), facts, *reply.blobs])
@@ -194,6 +221,9 @@ class Replies:
     def get(self, leg: str, name: str) -> Letter | None:
         """The reply to a request, where it was answered before."""
         file = self._file(leg, name)
+        held = self._held.get(file)
+        if held is not None:
+            return held
         if not file.is_file():
             return None
         data = file.read_bytes()
