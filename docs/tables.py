@@ -12,7 +12,7 @@ YES, NO = "yes", "–"
 """What stands in a table of what is allowed."""
 LEGEND = (
     "*linear*: its uploads may be added up in secret. *real sites*: nothing in it stands against clients on other "
-    "machines (see [runs across sites](deploy.md))."
+    "machines."
 )
 """What two columns mean."""
 

@@ -53,10 +53,11 @@ def dash(
     over = threading.Event()
     before = {number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with place, _opened(place.entrance) if open_it else contextlib.nullcontext():
+        with place:
             screen.say(f"Open: {place.entrance}")
             screen.say("Whoever on this machine has this address can see the page. Ctrl-C ends it.", "dim")
-            over.wait()
+            with _opened(place.entrance) if open_it else contextlib.nullcontext():  # a browser may take its time
+                over.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -192,7 +192,7 @@ class Chain(Follower):
         seq = int(number)
         if self.at_end and self.bad is None and self.entries < seq:
             return f"the log ends before entry {seq}, which a checkpoint knows"
-        if self.marks.get(seq, held) != held:
+        if self.entries >= seq and self.marks.get(seq) != held:  # also where that line is no checkpoint any more
             return f"entry {seq} is not the one that a checkpoint knows"
         return ""
 

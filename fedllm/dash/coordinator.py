@@ -6,13 +6,16 @@ answer, the page shows what was fetched before.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from fedllm.core.errors import FedLLMError
+from fedllm.core.errors import FedLLMError, RunError
 from fedllm.dash import blocks, given, run_page
 from fedllm.dash.blocks import BAD, BUSY, GOOD, QUIET, Block, Cell
 from fedllm.dash.folder import Run, Shelf, State
@@ -21,7 +24,7 @@ from fedllm.dash.source import Page, Source, page, reading
 from fedllm.deploy import coordinator
 from fedllm.deploy.coordinator import Record
 from fedllm.deploy.kit import Kit
-from fedllm.engine.nvflare.session import ENDED
+from fedllm.engine.nvflare.session import ENDED, session
 from fedllm.engine.nvflare.session import GOOD as WELL
 
 POLL, RETRY, IDLE = 3.0, 15.0, 30.0
@@ -32,6 +35,37 @@ LEAVE = 10.0
 ASKED = 8
 """Jobs under way whose rounds are asked for at most."""
 Connect = Callable[[Kit], AbstractContextManager[Any]]
+NETWORK = "nvflare"
+"""The logger of the network library."""
+
+
+@contextlib.contextmanager
+def connected(kit: Kit) -> Generator[Any]:
+    """A connection to the server, held by a thread beside others.
+
+    Unlike :func:`fedllm.deploy.coordinator.connected`, which has a process to itself, it takes neither the log nor the
+    standard output from them; the network library alone is silent.
+
+    Raises:
+        RunError: the server does not answer, or does not take the kit's certificate.
+    """
+    try:
+        socket.create_connection((kit.host, kit.port), coordinator.CONNECT).close()
+    except OSError as fault:
+        raise RunError(
+            f"{kit.address} does not answer: {str(fault.strerror or fault).rstrip('.')}.",
+            action="Is the server started, does its name resolve here, and does the firewall let this port out?",
+        ) from None
+    told = logging.getLogger(NETWORK)
+    level, onward = told.level, told.propagate
+    told.propagate = False
+    told.setLevel(logging.CRITICAL + 1)
+    try:
+        with coordinator.translated(), session(kit.name, kit.folder, coordinator.PATIENCE) as admin:
+            yield admin
+    finally:
+        told.setLevel(level)
+        told.propagate = onward
 
 
 class Live:
@@ -48,7 +82,7 @@ class Live:
         fault: why there is no answer; empty where there is one.
     """
 
-    def __init__(self, kit: Kit, connect: Connect = coordinator.connected) -> None:
+    def __init__(self, kit: Kit, connect: Connect = connected) -> None:
         self.kit, self.connect = kit, connect
         self.sites: list[str] | None = None
         self.jobs: list[dict[str, Any]] = []
@@ -105,7 +139,7 @@ class CoordinatorKit(Source):
         connect: opens a connection to the server.
     """
 
-    def __init__(self, kit: Kit, connect: Connect = coordinator.connected) -> None:
+    def __init__(self, kit: Kit, connect: Connect = connected) -> None:
         self.kit, self.live = kit, Live(kit, connect)
         self.taken = f"the kit of the coordinator {kit.name} of the network {kit.network}"
         self.fetched = Shelf(kit.folder / coordinator.RESULTS)

@@ -49,8 +49,11 @@ class State:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run."""
-    return any((folder / name).is_file() for name in MARKS)
+    """Whether a folder holds a run; one that this user may not enter holds none that can be shown."""
+    try:
+        return any((folder / name).is_file() for name in MARKS)
+    except OSError:
+        return False
 
 
 def moment(seconds: float) -> str:
@@ -117,6 +120,11 @@ class Run:
         """The last sign of life, seconds since 1970; 0.0 where there is none."""
         return max(self.rounds.changed, self.result.changed, self.recipe.changed)
 
+    @property
+    def stands(self) -> str:
+        """How the server says that it stands: running, waiting, failed, finished, stopped; empty where it does not."""
+        return given.text((self.standing.found or {}).get("name"), 40)
+
     def clients(self) -> dict[str, str]:
         """Client -> its name for people."""
         named = given.mapping((self.result.found or {}).get("clients"))
@@ -132,6 +140,8 @@ class Run:
         why = given.text(stands.get("reason"))
         if stands.get("name") == "failed":
             return State("failed", BAD, why)
+        if stands.get("name") == "stopped":
+            return State("stopped", QUIET, "A person ended it. It can be resumed.")
         if stands.get("name") == "waiting":
             return State("waiting", BUSY, f"It goes on by itself when it can. {why}")
         if result is not None and last.last <= (given.whole(result.get("rounds")) or last.last):

@@ -32,10 +32,9 @@ def standing(told: Told, log: Chain, run: Run | None = None, now: float | None =
     if told.admitted == "refused" and not told.began:
         why = next((one.reason for one in reversed(told.refusals.values()) if one.reason), "")
         return State("refused", BAD, why)
+    moment = time.time() if now is None else now
     if told.over and told.why:
-        if "aborted" in told.why:
-            return State("stopped", QUIET, f"{told.why} It can be resumed.")
-        return State("failed" if told.began else "refused", BAD, told.why)
+        return _ended(told, run, moment)
     if told.over:
         return run.state(now) if run is not None else State("over", GOOD)
     if log.bad is not None:
@@ -45,10 +44,27 @@ def standing(told: Told, log: Chain, run: Run | None = None, now: float | None =
     known = run.state(now) if run is not None else None
     if known is not None and known.word not in ("silent", "finished", "stopped"):
         return known
-    silent = (time.time() if now is None else now) - datetime.fromisoformat(told.last).timestamp()
+    silent = moment - datetime.fromisoformat(told.last).timestamp()
     if silent > PATIENCE:
         return State("silent", BAD, "Nothing was written for long, and no end: a process was ended, or it takes long.")
     return State("under way" if told.began else "beginning", BUSY)
+
+
+def _ended(told: Told, run: Run | None, now: float) -> State:
+    """How a run stands whose last entry of an end has a reason.
+
+    That is not the run's end where the server can go on with it, nor where another job of its name was refused.
+    """
+    stands = run.stands if run is not None else ""
+    if run is not None and stands in ("waiting", "stopped", "finished"):
+        return run.state(now)
+    if run is not None and stands == "failed":
+        return State("failed" if told.began else "refused", BAD, run.state(now).why or told.why)
+    if "aborted" in told.why:
+        if stands == "running" and now - datetime.fromisoformat(told.over).timestamp() < PATIENCE:
+            return State("waiting", BUSY, "Its job was ended. If no person did it, the server goes on with the run.")
+        return State("stopped", QUIET, f"{told.why} It can be resumed.")
+    return State("failed" if told.began else "refused", BAD, told.why)
 
 
 def chain(log: Chain, anchors: Mapping[str, str], verify: str) -> Block:

@@ -47,7 +47,7 @@ class SiteKit(Source):
         self._read_policy()
         done = self.chain.refresh(until)
         try:
-            there = {one.name: one / MANIFEST for one in self.folder.iterdir() if one.is_dir()}
+            there = {one.name: one / MANIFEST for one in self.folder.iterdir()}
         except OSError:
             there = {}
         for run in self.chain.runs.keys() & there.keys():

@@ -45,16 +45,17 @@ def source_of(path: Path) -> Source:
     Raises:
         ConfigError: there is nothing, it is none of the five, or a kit in it is damaged.
     """
-    if not path.is_dir():
+    if not _is_folder(path):
         _nothing(path)
-    if (path / "startup").is_dir():
+    if is_kit(path):
         return _kit(Kit.of(path))
     folder = path.resolve()
     if is_run(folder):
         return OneRun(folder)
-    if any(is_run(one) for one in folder.iterdir()):
+    inside = _listed(folder)
+    if any(is_run(one) for one in inside):
         return Runs(folder)
-    kits = sorted(one.name for one in [*folder.iterdir(), *folder.glob("kits/*")] if (one / "startup").is_dir())
+    kits = sorted(one.name for one in [*inside, *folder.glob("kits/*")] if is_kit(one))
     if kits:
         place = path if (path / kits[0]).is_dir() else path / "kits"
         raise ConfigError(
@@ -65,10 +66,38 @@ def source_of(path: Path) -> Source:
     raise ConfigError(f"{path} holds no run and is no kit.", KNOWN, action="Name the folder that 'fedllm run' printed.")
 
 
+def is_kit(folder: Path) -> bool:
+    """Whether a folder is a participant's kit; one that this user may not enter is none."""
+    return _is_folder(folder / "startup")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # this user may not look
+        return False
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder; raises :class:`ConfigError` where this user may not look."""
+    try:
+        return [*folder.iterdir()]
+    except OSError as fault:
+        raise _closed(folder, fault) from None
+
+
+def _closed(path: Path, fault: OSError) -> ConfigError:
+    return ConfigError(f"{path} cannot be read: {fault.strerror}.", KNOWN, action="Do it as a user who may read it.")
+
+
 def _nothing(path: Path) -> None:
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as fault:
+        raise _closed(path, fault) from None
+    if there:
         raise ConfigError(f"{path} is a file.", KNOWN, action=f"Name its folder: fedllm dash {path.parent}")
-    beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    beside = [one.name for one in _listed(path.parent) if _is_folder(one)] if _is_folder(path.parent) else []
     near = nearest(path.name, beside)
     found = str(path.parent / near) if near else None
     raise ConfigError(f"There is no folder {path}.", KNOWN, found, "Name a folder that exists.")

@@ -37,6 +37,7 @@ class Around(Guard):
 
     @keep.setter
     def keep(self, write: Callable[[Json], None] | None) -> None:
+        """It writes for the guard inside."""
         self.inner.keep = write
 
     def beside(self) -> Guard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import stat
@@ -99,6 +100,25 @@ def test_a_browser_is_opened_without_the_token_among_its_arguments(
     with dash._opened(f"http://127.0.0.1:1/?token={TOKEN}"):
         assert TOKEN not in seen[0] and f"url=http://127.0.0.1:1/?token={TOKEN}" in seen[1]
     assert not Path(seen[0].removeprefix("file://")).exists()
+
+
+def test_the_address_is_said_before_a_browser_is_asked_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser in the terminal does not come back before it is closed."""
+    import webbrowser
+
+    from fedllm.cli import screen
+
+    done: list[str] = []
+
+    def opened(url: str) -> bool:
+        done.append("the browser")
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", opened)
+    monkeypatch.setattr(screen, "say", lambda text="", *_, **__: done.append(text.partition(":")[0]))
+    ok("dash", place.run, "--open")
+    assert done.index("Open") < done.index("the browser") and done[-1] == "Ended."
 
 
 def test_the_help_loads_nothing_heavy() -> None:

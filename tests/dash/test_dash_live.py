@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -166,3 +168,38 @@ def test_a_damaged_record_is_told(kit: CoordinatorKit) -> None:
     kit.refresh(float("inf"))
     page = kit.page(None)
     assert page is not None and "bad.json cannot be read" in rig.section(page, "Runs")
+
+
+def test_a_connection_takes_neither_the_log_nor_the_output_of_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is held by a thread of a server that answers requests meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        folder = rig.kit(tmp_path / "ada", "coordinator", "ada@hub.org", place.getsockname()[1])
+        opened = SimpleNamespace(asked=[])
+
+        @contextlib.contextmanager
+        def session(name: str, kit: Path, patience: float) -> Iterator[SimpleNamespace]:
+            opened.asked.append(name)
+            logging.getLogger("nvflare.fuel.hci").error("the connection is lost")
+            yield opened
+
+        monkeypatch.setattr(coordinator, "session", session)
+        out = sys.stdout
+        with coordinator.connected(Kit.of(folder)) as admin:
+            assert admin is opened and sys.stdout is out and not logging.root.manager.disable
+            print("said meanwhile")
+            logging.getLogger("fedllm.dash.server").error("told meanwhile")
+    assert opened.asked == ["ada@hub.org"] and "said meanwhile" in capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records] == ["told meanwhile"]
+    logging.getLogger("nvflare.fuel.hci").error("told after it")
+    assert caplog.records[-1].getMessage() == "told after it"
+    with pytest.raises(RunError, match="does not answer"), coordinator.connected(Kit.of(folder)):
+        pass
+
+
+def test_a_kit_is_connected_without_more_words() -> None:
+    assert coordinator.CoordinatorKit.__init__.__defaults__ == (coordinator.connected,)

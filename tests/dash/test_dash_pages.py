@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import dash_rig as rig
 
 from fedllm.core.errors import ConfigError
 from fedllm.dash import log_page
-from fedllm.dash.chain import Chain
+from fedllm.dash.chain import Chain, Told
 from fedllm.dash.folder import Run
 from fedllm.dash.source import source_of
-from fedllm.sites.audit import Note
+from fedllm.sites import audit
+from fedllm.sites.audit import GENESIS, Note
 
 
 def page_of(path: Path, run: str | None = None) -> dict[str, Any]:
@@ -107,6 +110,8 @@ def test_the_states_of_a_run(tmp_path: Path) -> None:
     assert state("finished", lines, rig.result(2), now=hour) == "finished"
     assert state("failed", lines, error_txt="no") == "failed"
     assert state("judged", lines, standing_json='{"name": "failed", "reason": "no"}') == "failed"
+    assert state("ended", lines, standing_json='{"name": "stopped"}', now=hour) == "stopped"
+    assert state("paused", lines, standing_json='{"name": "waiting"}', now=hour) == "waiting"
 
 
 def test_a_run_is_followed_while_it_goes_on_and_is_resumed(tmp_path: Path) -> None:
@@ -242,3 +247,77 @@ def test_the_standing_of_a_run_in_a_log() -> None:
     assert log_page.standing(told, log).word == "stopped"
     told.why = "The disk is full."
     assert log_page.standing(told, log).word == "failed"
+
+
+@pytest.mark.parametrize(
+    ("stands", "why", "word"),
+    [
+        ("waiting", "The job ends after a round: south came back.", "waiting"),
+        ("waiting", "1 of 2 sites are left, and the run needs 2.", "waiting"),
+        ("waiting", "The run was ended: the job was aborted.", "waiting"),
+        ("running", "The run was ended: the job was aborted.", "waiting"),
+        ("stopped", "The run was ended: the job was aborted.", "stopped"),
+        ("failed", "The run was ended: the job was aborted.", "failed"),
+        ("finished", "The run 'run' began on 2026-01-01 with another manifest.", "finished"),
+        (None, "The run was ended: the job was aborted.", "stopped"),
+        ("failed", "The disk is full.", "failed"),
+        ("running", "The disk is full.", "failed"),
+    ],
+)
+def test_a_run_that_goes_on_by_itself_is_neither_failed_nor_stopped(
+    stands: str | None, why: str, word: str, tmp_path: Path
+) -> None:
+    folder = rig.run_folder(tmp_path / "run", [rig.round_line(1)], rig.result(1) if stands == "finished" else None)
+    if stands is not None:
+        rig.write(folder / "standing.json", {"name": stands, "reason": why})
+    run, log = Run(folder), Chain(tmp_path / "none")
+    run.refresh(float("inf"))
+    over = "2026-01-01T00:00:00.000000+00:00"
+    told = Told(first=over, last=over, began=over, over=over, why=why)
+    then = datetime.fromisoformat(over).timestamp()
+    assert log_page.standing(told, log, run, then + 5).word == word
+    later = "stopped" if stands == "running" and word == "waiting" else word
+    assert log_page.standing(told, log, run, then + 86_400).word == later, "nobody went on with it"
+
+
+def test_a_log_with_a_line_less_and_hashes_anew_is_not_all_good(tmp_path: Path) -> None:
+    """The number that the checkpoint names is another entry now, and no line contradicts the one before it."""
+    kit = rig.server_kit(tmp_path / "hub")
+    assert "all good" in rig.words(page_of(kit)["tiles"])
+    file = kit / "fedllm" / "audit.jsonl"
+    held = [json.loads(line) for line in file.read_text().splitlines()]
+    known = int(json.loads((kit / "fedllm/runs/first/audit.json").read_text())["last"].split(":")[0])
+    for gone in range(known):
+        before, lines = GENESIS, list[bytes]()
+        for number, entry in enumerate(held[:gone] + held[gone + 1 :], 1):
+            body = {name: entry[name] for name in audit.FIELDS if name != "hash"} | {"seq": number, "prev": before}
+            before = audit.sha256(body)
+            lines.append(audit.canonical({**body, "hash": before}) + b"\n")
+        file.write_bytes(b"".join(lines))
+        assert audit.verify(file).intact, "by itself it looks whole"
+        found = page_of(kit)
+        assert rig.tiles(found)["is the audit log"] == "damaged", f"without line {gone + 1}"
+        assert "is not the one that a checkpoint knows" in rig.section(found, "Audit log")
+
+
+def test_a_folder_that_may_not_be_entered_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.run_folder(tmp_path / "runs" / "a", [rig.round_line(1)])
+    (tmp_path / "runs" / "closed").mkdir()
+    (tmp_path / "secret").mkdir()
+    shut, real = {tmp_path / "runs" / "closed", tmp_path / "secret"}, Path.stat
+
+    def stat(self: Path, **words: Any) -> os.stat_result:
+        if shut & {self.parent, *self.parent.parents}:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, **words)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    source = source_of(tmp_path / "runs")
+    source.refresh(float("inf"))
+    found = source.page(None)
+    assert found is not None and rig.tiles(found)["runs"] == "1"
+    for path in (tmp_path / "secret" / "kit", tmp_path / "runs" / "closed" / "x"):
+        with pytest.raises(ConfigError, match="cannot be read: Permission denied"):
+            source_of(path)
+    with pytest.raises(ConfigError, match="holds no run and is no kit"):
+        source_of(tmp_path / "secret")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,21 +55,23 @@ def _follow(kit: Kit, record: Record, quiet: bool) -> tuple[str, set[tuple[str, 
 
     seen: set[tuple[str, int]] = set()
     there = time.monotonic()
+
+    def answered() -> None:
+        nonlocal there
+        there = time.monotonic()
+
     while True:
-        begun = time.monotonic()
         try:
-            return _watched(kit, record, quiet, seen), seen
+            return _watched(kit, record, quiet, seen, answered), seen
         except RunError as fault:
-            if time.monotonic() - begun > 2 * RETRY:  # it was there meanwhile
-                there = time.monotonic()
             if time.monotonic() - there > PATIENCE:
                 raise
             screen.say(f"{fault.given} Looking again in {RETRY:.0f} s.", errors=True)
             time.sleep(RETRY)
 
 
-def _watched(kit: Kit, record: Record, quiet: bool, seen: set[tuple[str, int]]) -> str:
-    """The status at the end of a run, as long as the server is there."""
+def _watched(kit: Kit, record: Record, quiet: bool, seen: set[tuple[str, int]], answered: Callable[[], None]) -> str:
+    """The status at the end of a run, as long as the server is there; calls `answered` each time that it answers."""
     from fedllm.deploy import coordinator
     from fedllm.engine.nvflare.session import ENDED, GOOD
 
@@ -76,6 +79,7 @@ def _watched(kit: Kit, record: Record, quiet: bool, seen: set[tuple[str, int]]) 
         while True:
             job = coordinator.newest(admin, record)
             state, rounds = admin.status(job), coordinator.live_rounds(admin, job)
+            answered()
             new = [one for one in rounds if (one["model"], one["round"]) not in seen]
             seen |= {(one["model"], one["round"]) for one in new}
             for line in () if quiet else coordinator.lines(new):
@@ -95,14 +99,13 @@ def _ended(kit: Kit, record: Record, state: str, seen: set[tuple[str, int]], as_
     from fedllm.engine.nvflare.session import GOOD
 
     folder = kit.folder / coordinator.RESULTS / record.run
-    shutil.rmtree(folder, ignore_errors=True)  # what an earlier job of the same run left
-    with coordinator.connected(kit) as admin, contextlib.suppress(*() if state == GOOD else (RunError,)):
-        coordinator.fetch(admin, record, folder)  # a job that failed may have left nothing
-    late = [one for one in coordinator.kept_rounds(folder) if (one["model"], one["round"]) not in seen]
+    fresh = _fetched(kit, record, folder, must=state == GOOD)
+    kept = coordinator.kept_rounds(folder) if fresh else []
+    late = [one for one in kept if (one["model"], one["round"]) not in seen]
     for line in () if as_json else coordinator.lines(late):
         screen.say(line)
     if state != GOOD:
-        why = coordinator.reason(folder) or f"The server says {state}."
+        why = (coordinator.reason(folder) if fresh else None) or f"The server says {state}."
         again = f"fedllm deploy resume {record.run} --kit {kit.folder}"
         raise RunError(
             why, f"The run {record.run} did not reach its end.", action=f"When the cause is gone, go on with: {again}"
@@ -113,6 +116,31 @@ def _ended(kit: Kit, record: Record, state: str, seen: set[tuple[str, int]], as_
         screen.emit({"run": record.run, "folder": str(folder), **result, "files": here})
         return
     _show_result(result, folder)
+
+
+def _fetched(kit: Kit, record: Record, folder: Path, must: bool) -> bool:
+    """Put what a run left into a folder, in place of what an earlier job of it left; that stays where there is nothing.
+
+    Args:
+        kit: the coordinator's.
+        record: the run.
+        folder: where to.
+        must: whether nothing is an error; a job that failed may have left nothing.
+    """
+    from fedllm.core.errors import RunError
+    from fedllm.deploy import coordinator
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent.parent) as place:
+        new = Path(place) / "new"
+        with coordinator.connected(kit) as admin, contextlib.suppress(*() if must else (RunError,)):
+            coordinator.fetch(admin, record, new)
+        if not new.is_dir():
+            return False
+        if folder.exists():
+            folder.rename(Path(place) / "old")
+        new.rename(folder)
+        return True
 
 
 def _show_result(result: dict[str, Any], folder: Path) -> None:

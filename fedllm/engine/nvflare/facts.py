@@ -60,6 +60,9 @@ class ServerFacts(BaseModel):
     """`data.public` of a recipe: the rows that anybody may read, the same at every site."""
     trust_remote_code: bool = False
     """Whether a job may run Python code that comes with a model."""
+    endpoints: dict[str, str | None] = {}
+    """URLs at which a job may have a model asked from here, each with the environment variable of its key (null: none
+    is sent); {}: none."""
 
 
 def read_facts(kind: type[SiteFacts] | type[ServerFacts], kit: Path) -> Any:
@@ -69,6 +72,10 @@ def read_facts(kind: type[SiteFacts] | type[ServerFacts], kit: Path) -> Any:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist.", "It says where this participant's data lies.") from None
+    except OSError as fault:
+        raise ConfigError(
+            f"{file} cannot be read: {fault.strerror}.", "It says where this participant's data lies."
+        ) from None
     except ValueError as fault:
         raise ConfigError(f"{file} is not valid JSON: {fault}.") from None
     return read(kind, values, NAME)

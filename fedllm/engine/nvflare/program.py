@@ -10,24 +10,28 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from fedllm.blocks.asking import Asking
+from fedllm.blocks.endpoint import EndpointSettings
 from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, RunError
 from fedllm.core.roster import ALL, SERVER
 from fedllm.engine.folder import RunFolder
 from fedllm.engine.local import LocalEngine
 from fedllm.engine.nvflare import ground as grounds
 from fedllm.engine.nvflare.engine import MISSES, FlareEngine, Post, Sites
-from fedllm.engine.nvflare.facts import ServerFacts, own_model
+from fedllm.engine.nvflare.facts import ServerFacts, SiteFacts, permitted
 from fedllm.engine.nvflare.gate import not_another
 from fedllm.engine.nvflare.parts import NAME, Letter
 from fedllm.engine.nvflare.record import FILE, Record, SiteRefused, told
 from fedllm.engine.nvflare.standing import Keep, Paused
 from fedllm.engine.nvflare.trust import MANIFEST, Signed, checked, owner
-from fedllm.sites.audit import AuditDamaged, Digest, verify
+from fedllm.sites.audit import AuditDamaged, AuditError, Digest, verify
 from fedllm.sites.manifest import Manifest, ManifestError
 
 SITES = "sites.json"
@@ -52,12 +56,14 @@ class Job:
         recipe: the resolved recipe.
         sites: the sites that take part.
         signed: its manifest, as :meth:`fedllm.engine.nvflare.trust.Signed.to_json` gives it.
+        id: FLARE's id of the job, which its configuration does not say.
     """
 
     run: str
     recipe: dict[str, Any]
     sites: Sequence[str]
     signed: Mapping[str, str] | None = None
+    id: str | None = None
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Job:
@@ -70,7 +76,17 @@ class Job:
         return cls(run, recipe, [str(site) for site in sites], facts.get("signed"))
 
 
-def play(job: Job, post: Post, facts: ServerFacts, kit: Path, watch: Callable[[Any], Any] | None = None) -> Any:
+Mine = Callable[[Path], None]
+
+
+def play(
+    job: Job,
+    post: Post,
+    facts: ServerFacts,
+    kit: Path,
+    watch: Callable[[Any], Any] | None = None,
+    mine: Mine | None = None,
+) -> Any:
     """Play a job to its end (or go on with it) and return the result; see :func:`fedllm.run.play`.
 
     Args:
@@ -79,12 +95,13 @@ def play(job: Job, post: Post, facts: ServerFacts, kit: Path, watch: Callable[[A
         facts: the server's own file.
         kit: the server's folder.
         watch: given the class :class:`fedllm.run.Watch`, makes what is told of progress.
+        mine: is told the run's folder once the job has shown that the run is its own: another may have its name.
     """
     sites = Sites(post, {site: site for site in job.sites})  # before anybody said who the clients are
     with Record((kit / facts.runs).parent / FILE, owner(kit)) as record:
         record.run, sites.record, sites.anchor = job.run, record, kit / facts.runs / job.run / ANCHOR
         try:
-            result = _play(job, sites, facts, kit, watch)
+            result = _play(job, sites, facts, kit, watch, mine)
         except Exception as fault:
             reason = fault if isinstance(fault, FedLLMError) else RunError(f"{type(fault).__name__} at the server.")
             _stand(sites, reason)
@@ -102,20 +119,25 @@ def _stand(sites: Sites, reason: FedLLMError | None) -> None:
     if reason is None:
         sites.standing.end("finished")
         return
-    waits = isinstance(reason, Paused) or (isinstance(reason, RunError) and bool(sites.standing.now.lost))
+    due = isinstance(reason, RunError) and not isinstance(reason, AuditError)  # a log does not mend with the sites
+    waits = isinstance(reason, Paused) or (due and bool(sites.standing.now.lost))
     sites.standing.end("waiting" if waits else "failed", str(reason))
 
 
-def _play(job: Job, sites: Sites, facts: ServerFacts, kit: Path, watch: Callable[[Any], Any] | None) -> Any:
+def _play(
+    job: Job, sites: Sites, facts: ServerFacts, kit: Path, watch: Callable[[Any], Any] | None, mine: Mine | None
+) -> Any:
     run = grounds.play()
     manifest, entry = _checked(sites, job, kit)
-    recipe = run.load_recipe({**job.recipe, "model": _model(job.recipe, facts)})
+    place = kit / facts.runs / job.run
+    sites.quorum, sites.standing = manifest.quorum, Keep(place, job.sites, manifest.quorum, job.id)
+    if mine is not None:
+        mine(place)
+    recipe = _allowed(run, job.recipe, facts)
     asked, recipe = recipe, _across(recipe)
     possible(recipe)
-    run.method_of(recipe)
-    place = kit / facts.runs / job.run
+    outward(run.method_of(recipe), facts)
     before = _before(place)
-    sites.quorum, sites.standing = manifest.quorum, Keep(place, job.sites, manifest.quorum)
     public = _public(run, facts, recipe)
     facts_of, notes = _hello(sites, job, entry, before is not None)
     joined = _as_before(place, before, grounds.joined(facts_of, grounds.public_mark(public)), facts_of)
@@ -205,8 +227,60 @@ def _end(sites: Sites, reason: FedLLMError | None) -> None:
         take_back()
 
 
-def _model(recipe: Mapping[str, Any], facts: ServerFacts) -> dict[str, Any]:
-    return own_model(dict(recipe.get("model", {})), facts.models, facts.device, facts.trust_remote_code)
+def _allowed(run: Any, asked: dict[str, Any], facts: ServerFacts) -> Any:
+    """The job's recipe with the server's own models and device, and no trackers.
+
+    Raises:
+        ConfigError: a model or foreign code that the server's own file does not allow.
+    """
+    run.load_recipe(asked)  # what is no recipe is refused in words of recipes
+    own = SiteFacts.model_validate(
+        {
+            "data": asked.get("data", {}),
+            "device": facts.device,
+            "models": facts.models,
+            "trust_remote_code": facts.trust_remote_code,
+        }
+    )
+    return run.load_recipe(permitted(asked, own))
+
+
+def outward(method: BaseModel, facts: ServerFacts) -> None:
+    """Raise :class:`ConfigError` for a method that has the server ask a host or write a file by a job's word alone."""
+    for part in _parts(method):
+        if isinstance(part, Asking) and part.cache is not None:
+            raise ConfigError(
+                f"The job names the file '{part.cache}' (asking.cache), which the server would write.",
+                "A server writes no file that a job names.",
+                action="Leave asking.cache out.",
+            )
+        if isinstance(part, EndpointSettings):
+            _listed(part, facts)
+
+
+def _listed(asked: EndpointSettings, facts: ServerFacts) -> None:
+    """Raise :class:`ConfigError` for an endpoint, or a key, that the server's own file does not name."""
+    known = {url.rstrip("/"): key for url, key in facts.endpoints.items()}
+    url = asked.url.rstrip("/")
+    shown = url.rpartition("@")[2][:100]
+    if url in known and asked.key_env in (None, known[url]):
+        return
+    key = f" with the key in {asked.key_env}" if asked.key_env else ""
+    listed = ", ".join(f"{one} (key: {name or 'none'})" for one, name in sorted(known.items()))
+    raise ConfigError(
+        f"The job has the server ask '{shown}'{key}, and the server's own file does not allow it.",
+        f"Allowed: {listed or 'no endpoint'}.",
+        action="Leave asking.endpoint out, or have it listed in the server's local/fedllm.json: endpoints.",
+    )
+
+
+def _parts(found: BaseModel) -> Iterator[BaseModel]:
+    """Settings in settings, at any depth."""
+    for name in type(found).model_fields:
+        value = getattr(found, name)
+        if isinstance(value, BaseModel):
+            yield value
+            yield from _parts(value)
 
 
 def _across(recipe: Any) -> Any:

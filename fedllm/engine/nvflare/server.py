@@ -10,6 +10,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ from nvflare.apis.controller_spec import Task
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.app_common.decomposers import numpy_decomposers
 from nvflare.widgets.info_collector import InfoCollector
 
-from fedllm.core.errors import ConfigError, DecodeError, FedLLMError
+from fedllm.core.errors import ConfigError, DecodeError, FedLLMError, RunError
 from fedllm.engine.nvflare.engine import Done
 from fedllm.engine.nvflare.facts import ServerFacts, read_facts
 from fedllm.engine.nvflare.parts import Letter, from_shareable, to_shareable
 from fedllm.engine.nvflare.program import Job, play
 from fedllm.engine.nvflare.site import ALIVE, TASK
+from fedllm.engine.nvflare.standing import refuse
+from fedllm.sites.audit import AuditLocked
 
 RESULTS = (
     "result.json",
@@ -80,27 +84,40 @@ class FedllmController(Controller):
         """See :class:`nvflare.apis.impl.controller.Controller`."""
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Play the run; a failure ends the job with its reason, which is also in the run's results."""
+        """Play the run; a failure ends the job with its reason, which is also in the run's results.
+
+        A job that has not shown that the run is its own is given the reason, and nothing of the run.
+        """
         engine: Any = fl_ctx.get_engine()
-        workspace = engine.get_workspace()
+        workspace, job_id = engine.get_workspace(), str(fl_ctx.get_job_id())
         kit = Path(workspace.get_root_dir()).resolve()
-        results = Path(workspace.get_run_dir(fl_ctx.get_job_id())) / FETCHED
+        results = Path(workspace.get_run_dir(job_id)) / FETCHED
         results.mkdir(parents=True, exist_ok=True)
-        folder: Path | None = None
+        named: Path | None = None
+        told: Path | None = None
         try:
             facts: ServerFacts = read_facts(ServerFacts, kit)
-            job = Job.of(unpack(self.config))
-            folder = self._folder = kit / facts.runs / job.run
-            play(job, FlarePost(self, fl_ctx, abort_signal), facts, kit, lambda kind: self._watch(kind, fl_ctx))
+            job = replace(Job.of(unpack(self.config)), id=job_id)
+            _same_name(job, Path(workspace.get_job_meta_path(job_id)))
+            named = kit / facts.runs / job.run
+            post = FlarePost(self, fl_ctx, abort_signal)
+            play(job, post, facts, kit, lambda kind: self._watch(kind, fl_ctx), self._own)
         except Exception as fault:
             if not isinstance(fault, FedLLMError):
                 traceback.print_exc()
             reason = str(fault) if isinstance(fault, FedLLMError) else f"{type(fault).__name__}: {fault}"
-            (results / "error.txt").write_text(reason + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # the job ends with its reason, also where the disk is full
+                (results / "error.txt").write_text(reason + "\n", encoding="utf-8")
+                if self._folder is None and isinstance(fault, FedLLMError) and not isinstance(fault, AuditLocked):
+                    told = refuse(kit, named, job_id, reason)
             self.system_panic(reason, fl_ctx)
         finally:
-            if folder is not None:
-                _copy(folder, results)
+            if (source := self._folder or told) is not None:
+                _copy(source, results)
+
+    def _own(self, folder: Path) -> None:
+        """The job has shown that the run is its own."""
+        self._folder = folder
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """See :class:`nvflare.apis.impl.controller.Controller`."""
@@ -186,6 +203,20 @@ def _answer(result: Any) -> Letter | str:
         return from_shareable(result)
     except DecodeError as fault:
         return str(fault)
+
+
+def _same_name(job: Job, file: Path) -> None:
+    """Raise :class:`ConfigError` for a job under another name than its run's: FLARE and the warden know it by that."""
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get(JobMetaKey.JOB_NAME.value)
+    except (OSError, ValueError) as fault:
+        raise RunError(f"The meta data of the job cannot be read: {type(fault).__name__}.") from fault
+    if name != job.run:
+        raise ConfigError(
+            f"The job is named '{name}', and its run '{job.run}'.",
+            "A job has the name of its run.",
+            action="Submit it with 'fedllm deploy run'.",
+        )
 
 
 def unpack(config: str) -> dict[str, Any]:

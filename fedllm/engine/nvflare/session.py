@@ -163,8 +163,8 @@ class Session:
         """
         words: dict[str, Any] = {"purpose": purpose, "data_sets": data_sets, "quorum": quorum}
         signed = trust.signed(kit or self.kit, run, recipe, sites, **words)
-        for stale in self.inner.list_jobs():
-            if stale.get("job_name") == run and not str(stale.get("status", "")).startswith(ENDED):
+        for stale in self._jobs(run):
+            if not str(stale.get("status", "")).startswith(ENDED):
                 with contextlib.suppress(Exception):  # it may not exist any more outside of FLARE's store
                     self.inner.abort_job(str(stale["job_id"]))
         with tempfile.TemporaryDirectory(prefix="fedllm-job-") as folder:
@@ -172,8 +172,14 @@ class Session:
 
     def newest(self, run: str) -> str | None:
         """FLARE's id of the last job of a run; a run that went on by itself has more than were submitted."""
-        found = [one for one in self.inner.list_jobs() if one.get("job_name") == run]
-        return str(max(found, key=lambda one: str(one.get("submit_time")))["job_id"]) if found else None
+        found = self._jobs(run)
+        return str(max(found, key=lambda one: float(one.get("submit_time") or 0.0))["job_id"]) if found else None
+
+    def _jobs(self, run: str) -> list[dict[str, Any]]:
+        """The jobs of a run of this administrator: others may have given theirs the same name."""
+        known = self.inner.list_jobs(detailed=True, name_prefix=run)  # the short list has no submitters
+        own = getattr(self.inner, "username", None)
+        return [one for one in known if one.get("name") == run and one.get("submitter_name") in (None, own)]
 
     def status(self, job: str) -> str:
         """FLARE's status of a job: SUBMITTED, DISPATCHED, RUNNING, FINISHED:..."""

@@ -3,9 +3,9 @@
 Where everybody designs a model of their own there are no weights to average. The parties score the same public rows,
 the mean of their logits is what they all learn (digest), and then each goes on with its own rows (revisit).
 
-Deviations: a round is cut at another place, in the same order of steps: a client digests the consensus of the round
-before, revisits its own rows and scores the next subset; its first round is the transfer start. Epochs are fixed, not
-stopped early; `student=true` adds FedDF's server model (Lin et al., 2006.07242).
+Deviations: a round is cut elsewhere, in the same order of steps: a client digests the consensus of the round before,
+revisits its own rows and scores the next subset; its first round is the transfer start. Epochs are fixed, not stopped
+early; `student=true` adds FedDF's server model (Lin et al., 2006.07242).
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class FedMD(Method):
         models=("sequence-classification",),
         status="verified",
     )
-    asks = ("describe", "learn")
-    only_fits = False
+    asks, only_fits = ("describe", "learn"), False
     private = ("model", "digest", "revisit")
     mixes = ("ranks", "models")
     public = True

@@ -146,6 +146,7 @@ class SecureSum(Guard):
 
     @keep.setter
     def keep(self, write: Callable[[Json], None] | None) -> None:
+        """It writes for the privacy beside it."""
         if self.central is not None:
             self.central.keep = write
 

@@ -24,6 +24,7 @@ import flare_rig as rig
 
 from fedllm.engine.nvflare import job as jobs
 from fedllm.engine.nvflare import kits, parts, record, session
+from fedllm.engine.nvflare.standing import Standing
 from fedllm.sites import audit
 
 pytestmark = pytest.mark.slow
@@ -210,6 +211,27 @@ def test_a_job_process_of_a_site_killed_then_the_run_goes_on(net: Net) -> None:
     parent.kill()
     at_its_end(net, "run-4")
     assert [line["round"] for line in net.rounds("run-4")] == [1, 2, 3, 4, 5]
+    with session.session(ADMIN, net.kits[ADMIN]) as admin:
+        stands = Standing.read(net.run_folder("run-4"))
+        assert stands is not None and (stands.name, stands.job) == ("finished", admin.newest("run-4"))
+
+
+def test_a_job_under_the_id_of_a_run_is_given_nothing_of_it(net: Net) -> None:
+    """Another recipe under the id of a run that is over: refused, and the run stands as it did."""
+    made = submit(net, "run-5", rounds=1)
+    finished(net, made)
+    before = (net.run_folder("run-5") / "standing.json").read_bytes()
+    job = submit(net, "run-5", rounds=2)
+    with session.session(ADMIN, net.kits[ADMIN]) as admin:
+        status = admin.wait(job, PATIENCE)
+        place = admin.fetch(job, net.place / "fetched")
+        assert status not in (session.GOOD, "FINISHED:ABORTED") and admin.newest("run-5") == job
+    assert {one.name for one in place.iterdir()} == {"error.txt", "standing.json"}
+    assert "with another manifest" in (place / "error.txt").read_text()
+    assert (net.run_folder("run-5") / "standing.json").read_bytes() == before
+    time.sleep(5.0)
+    with session.session(ADMIN, net.kits[ADMIN]) as admin:
+        assert admin.newest("run-5") == job and admin.status(job) == status, "nobody begins it again, or calls it good"
 
 
 def test_the_logs_of_all_runs_are_whole_and_match(net: Net) -> None:
