@@ -14,9 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.core.errors import ConfigError
+from fedllm.core.guard import Guard
 from fedllm.engine.folder import RunFolder
 from fedllm.recipe import Recipe, load_recipe
-from fedllm.run import Data, Leg, Watch, base_row, environment, headline, method_of, new_folder, prepare
+from fedllm.run import (
+    Data,
+    Ground,
+    Leg,
+    Watch,
+    base_row,
+    environment,
+    guard_of,
+    headline,
+    method_of,
+    new_folder,
+    prepare,
+)
+
+BESIDE = ("base", "local", "central")
+"""Models to compare with: no mode of a recipe is around them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,8 @@ def compare(
         ground = prepare(seeded, data)
         metric = headline(ground)
         if number == 0:
+            for key in methods:  # what cannot go with the recipe's modes is refused before anything is trained
+                _guard(ground, key)
             place.write_json("environment.json", environment(ground))
             watch.begin(seeded, ground, place.path)
         for key in methods:
@@ -87,7 +105,7 @@ def compare(
             own, first = ground, method_of(seeded)
             if method.public > first.public or method.adapter() != first.adapter():  # it needs a ground of its own
                 own = prepare(seeded.model_copy(update={"method": {"name": key}}), data)
-            leg = Leg(name, method, own, place, watch, debug)
+            leg = Leg(name, method, own, place, watch, debug, _guard(ground, key))
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
             meter = leg.server.meter
@@ -104,6 +122,15 @@ def compare(
     place.write_json("compare.json", table)
     place.write_text("compare.md", to_markdown(table))
     return Comparison(place.path, table)
+
+
+def _guard(ground: Ground, key: str) -> Guard:
+    """The recipe's modes around a method, with an account of its own; a model to compare with stands beside them."""
+    if key in BESIDE:
+        return ground.guard.beside()
+    recipe = ground.recipe
+    cohort = recipe.cohort_size(len(ground.federation.client_ids))
+    return guard_of(recipe, ground.federation, method_of(recipe, key), cohort)
 
 
 def to_markdown(table: dict[str, Any]) -> str:

@@ -515,7 +515,7 @@ class Leg:
         private = folder.private(name) if folder else None
         guard = guard or (ground.guard if name == FEDERATED else ground.guard.beside())
         if folder is not None and guard.lasts:
-            lasting(guard, folder.path / PRIVACY)
+            lasting(guard, folder.path / (PRIVACY if name == FEDERATED else f"{name}-{PRIVACY}"))
         engine, self.stores = ground.engine(name, method, private, debug, guard)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)
         codec = codec_of(recipe)

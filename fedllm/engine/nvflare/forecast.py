@@ -76,8 +76,9 @@ def round_seconds(line: Line, down: int, up: int, work: float) -> float:
         up: bytes that it sends.
         work: seconds that its clients train, and that both ends encode and decode.
     """
-    moved = sum(line.seconds(carried(size)) for size in (down, up))
-    return work + moved + trips(down, up) * 2 * line.delay + POLL
+    moved = sum(line.seconds(carried(size) - BESIDE // 2) for size in (down, up))
+    beside = BESIDE * 8 / line.rate  # in small messages, each within a window
+    return work + moved + beside + trips(down, up) * 2 * line.delay + POLL
 
 
 def carried(size: int) -> int:

@@ -48,5 +48,5 @@ def test_a_round_is_its_work_its_bytes_its_waiting_and_a_pause():
     assert carried(1_000_000) == 1_055_000 + BESIDE // 2
     assert BESIDE // 2 < WINDOW  # one window carries what is beside
     assert round_seconds(SLOW, 0, 0, 1.5) == pytest.approx(1.5 + 8 * BESIDE / 20e6 + TURNS * 0.1 + POLL)
-    large = 2 * SLOW.seconds(carried(10_000_000)) + (TURNS + 2 + 2) * 0.1 + POLL
+    large = 2 * SLOW.seconds(10_550_000) + 8 * BESIDE / 20e6 + (TURNS + 2 + 2) * 0.1 + POLL
     assert round_seconds(SLOW, 10_000_000, 10_000_000, 0) == pytest.approx(large)
