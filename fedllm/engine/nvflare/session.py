@@ -26,9 +26,8 @@ GOOD = "FINISHED:COMPLETED"
 """The status of a job that went well."""
 PATIENCE = 60.0
 """Seconds in which the server has to be reached, and all sites with it."""
-ENVIRONMENT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "20", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Seconds that FLARE's server waits, where a job has ended, for what became of it at a site that is gone; and large
-pages for large letters: a copy into new memory takes half as long (Linux; elsewhere nothing reads it)."""
+ENVIRONMENT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "20"}
+"""Seconds that FLARE's server waits, where a job has ended, for what became of it at a site that is gone."""
 LEFT = 10.0
 """Seconds a process is given to end by itself."""
 
