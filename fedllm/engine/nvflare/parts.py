@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -90,7 +91,13 @@ def from_shareable(shareable: Mapping[str, Any]) -> Letter:
     sizes, came = cast("list[int]", facts["sizes"]), sum(len(piece) for piece in pieces)
     if sum(sizes) != came:
         raise DecodeError(f"A letter of {came} bytes arrived.", f"It says that it has {sum(sizes)}.")
-    letter = Letter(facts["meta"], _sized(pieces, sizes))
+    held = _shared_out(pieces, sizes)
+    if came <= INLINE:
+        letter = Letter(facts["meta"], [b"".join(one) for one in held])
+    else:  # hashing and copying take as long as each other, and neither waits for Python
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(lambda: [_sha256(one) for one in held])
+            letter = Letter(facts["meta"], [b"".join(one) for one in held], hashed.result())
     if digest(letter) != facts["sha256"]:
         raise DecodeError("A letter arrived damaged: its SHA-256 is not the one it was sent with.")
     return letter
@@ -156,9 +163,9 @@ def _pieces(parts: object) -> list[memoryview]:
     return [numpy.ascontiguousarray(part).data for part in parts]
 
 
-def _sized(pieces: Sequence[memoryview], sizes: Sequence[int]) -> list[bytes]:
-    """Byte strings of these sizes out of pieces that are as long together: one copy of everything."""
-    found, number, at = list[bytes](), 0, 0
+def _shared_out(pieces: Sequence[memoryview], sizes: Sequence[int]) -> list[list[memoryview]]:
+    """What makes up byte strings of these sizes, of pieces that are as long together."""
+    found, number, at = list[list[memoryview]](), 0, 0
     for size in sizes:
         taken, left = list[memoryview](), size
         while left:
@@ -168,5 +175,12 @@ def _sized(pieces: Sequence[memoryview], sizes: Sequence[int]) -> list[bytes]:
             at += len(piece)
             if at == len(pieces[number]):
                 number, at = number + 1, 0
-        found.append(b"".join(taken))
+        found.append(taken)
     return found
+
+
+def _sha256(pieces: Sequence[memoryview]) -> str:
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
