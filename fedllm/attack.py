@@ -40,7 +40,20 @@ from fedllm.observe import observed
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.report.chart import heat_map
 from fedllm.report.words import NAMES, value_text
-from fedllm.run import Data, Ground, Leg, Pooled, Watch, environment, guard_of, headline, method_of, new_folder, prepare
+from fedllm.run import (
+    Data,
+    Ground,
+    Leg,
+    Pooled,
+    Watch,
+    environment,
+    guard_of,
+    headline,
+    kept_folder,
+    method_of,
+    prepare,
+    same_ground,
+)
 
 NONE = "none"
 """No attack, or no defence."""
@@ -112,8 +125,9 @@ def siege(
             )
     for name in columns[1:]:
         protected(settled, name)
-    place = _place(settled, folder)
+    place = kept_folder(settled, folder, "attack")
     ground = prepare(settled, data)
+    same_ground(place, ground)
     place.write_json("environment.json", environment(ground))
     watch.begin(settled, ground, place.path)
     metric, found = headline(ground), list[dict[str, Any]]()
@@ -217,17 +231,6 @@ def _refused(
                     raise
                 found[name, defence] = f"{name} under {defence}: {fault}"
     return found
-
-
-def _place(recipe: Recipe, folder: str | Path | None) -> RunFolder:
-    path = Path(folder) if folder else new_folder(recipe.model_copy(update={"name": f"{recipe.name}-attack"}))
-    if not (path / "recipe.yaml").exists():
-        place = RunFolder.create(path)
-        place.write_text("recipe.yaml", recipe.to_yaml())
-        return place
-    if load_recipe(path / "recipe.yaml") != recipe:
-        raise ConfigError(f"{path} holds a grid of another recipe.", action="Give another folder, or the same recipe.")
-    return RunFolder.open(path)
 
 
 def _ground(recipe: Recipe, key: str, data: Data | None) -> Ground:

@@ -15,23 +15,27 @@ from typing import Any
 
 from fedllm.core.errors import ConfigError
 from fedllm.core.guard import Guard
-from fedllm.engine.folder import RunFolder
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.run import (
+    ALONE,
     Data,
     Ground,
     Leg,
     Watch,
     base_row,
+    check_codec,
+    check_mixing,
     environment,
     guard_of,
     headline,
+    kept_folder,
     method_of,
-    new_folder,
     prepare,
+    same_ground,
+    travelled,
 )
 
-BESIDE = ("base", "local", "central")
+BESIDE = ("base", *ALONE)
 """Models to compare with: no mode of a recipe is around them."""
 
 
@@ -84,7 +88,7 @@ def compare(
     for key in methods:
         if key != "base":
             method_of(settled, key)
-    place = _place(settled, folder)
+    place = kept_folder(settled, folder, "compare")
     found: dict[str, list[dict[str, Any]]] = {key: [] for key in methods}
     metric = ""
     for number in range(seeds):
@@ -94,6 +98,7 @@ def compare(
         if number == 0:
             for key in methods:  # what cannot go with the recipe's modes is refused before anything is trained
                 _guard(ground, key)
+            same_ground(place, ground)
             place.write_json("environment.json", environment(ground))
             watch.begin(seeded, ground, place.path)
         for key in methods:
@@ -109,7 +114,7 @@ def compare(
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
             meter = leg.server.meter
-            sent = {way: meter.total(way, "work") for way in ("up", "down")}
+            sent = {way: travelled(meter, way) for way in ("up", "down")}
             spent = {"tokens": meter.tokens, "steps": meter.steps, "seconds": meter.seconds}
             found[key].append({**leg.row(), **sent, **spent})
     table = {
@@ -129,8 +134,10 @@ def _guard(ground: Ground, key: str) -> Guard:
     if key in BESIDE:
         return ground.guard.beside()
     recipe = ground.recipe
-    cohort = recipe.cohort_size(len(ground.federation.client_ids))
-    return guard_of(recipe, ground.federation, method_of(recipe, key), cohort)
+    method, cohort = method_of(recipe, key), recipe.cohort_size(len(ground.federation.client_ids))
+    check_codec(recipe, method)
+    check_mixing(recipe, method)
+    return guard_of(recipe, ground.federation, method, cohort)
 
 
 def to_markdown(table: dict[str, Any]) -> str:
@@ -150,20 +157,6 @@ def to_markdown(table: dict[str, Any]) -> str:
         cells += [bytes_text(row["up"]), f"{row['tokens']:,.0f}", f"{row['seconds']:.0f}"]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
-def _place(recipe: Recipe, folder: str | Path | None) -> RunFolder:
-    path = Path(folder) if folder else new_folder(recipe.model_copy(update={"name": f"{recipe.name}-compare"}))
-    if (path / "recipe.yaml").exists():
-        before = load_recipe(path / "recipe.yaml")
-        if before != recipe:
-            raise ConfigError(
-                f"{path} holds a comparison of another recipe.", action="Give another folder, or the same recipe."
-            )
-        return RunFolder.open(path)
-    place = RunFolder.create(path)
-    place.write_text("recipe.yaml", recipe.to_yaml())
-    return place
 
 
 def _row(key: str, results: list[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -16,12 +16,22 @@ from fedllm.core.errors import ConfigError
 from fedllm.core.message import Received
 from fedllm.core.seeds import numpy_stream
 from fedllm.data.federation import Federation
-from fedllm.engine.folder import RunFolder
 from fedllm.evaluate import total
 from fedllm.methods.evaluation.profit import Profit
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.report.chart import Line, line_chart
-from fedllm.run import Data, Ground, Leg, Watch, environment, headline, method_of, new_folder, prepare
+from fedllm.run import (
+    Data,
+    Ground,
+    Leg,
+    Watch,
+    environment,
+    headline,
+    kept_folder,
+    method_of,
+    prepare,
+    same_ground,
+)
 
 GLOBAL_ROWS = 200
 """Held-out rows of everybody that make the global set where the recipe names no public rows."""
@@ -76,8 +86,8 @@ def profit(
     ground = prepare(settled, data)
     if not len(ground.federation.public):
         ground.federation.public = everybody(ground.federation, settled.seed)
-    path = Path(folder) if folder else new_folder(settled)
-    place = RunFolder.open(path) if (path / "environment.json").exists() else RunFolder.create(path)
+    place = kept_folder(settled, folder, "profit")
+    same_ground(place, ground)
     place.write_json("environment.json", environment(ground))
     watch.begin(settled, ground, place.path)
     leg = Leg("federated", method, ground, place, watch)

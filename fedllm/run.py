@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as Interface
 
 from fedllm.core.errors import ConfigError, ModeConflict, RoundFailed
-from fedllm.core.guard import Guard
+from fedllm.core.guard import MEASURING, Guard
 from fedllm.core.message import Received
 from fedllm.core.meter import Meter, peak_memory
 from fedllm.core.method import Method
@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 FEDERATED = "federated"
 """The leg that plays the recipe's method; what it is compared with is measured at the end only."""
+ALONE = ("local", "central")
+"""Methods that a federation is compared with: no codec is around them, nobody is over-sampled, and they get the local
+training that the recipe gives its own method."""
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 
@@ -152,7 +155,7 @@ class Ground:
         """A worker for all clients; tensors that another method asked for stay at their first values."""
         left = self.left_by(method)
         rows, seed = Pooled(self.federation), self.recipe.seed
-        coder = codec_of(self.recipe) if isinstance(method, Method) and self.recipe.secure is None else None
+        coder = codec_of(self.recipe) if _coded(self.recipe, method) else None
         groups = self.roster, self.learners
         return LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, guard)
 
@@ -244,10 +247,7 @@ def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) 
             "They are rows that anybody may read, the same for all.",
             action="Set data.public.path, or give Federation.of(..., public=rows).",
         )
-    codec = codec_of(recipe)
-    if isinstance(method, Method) and codec is not None:
-        reducers = method.reducer
-        codec.check(["update"] if isinstance(reducers, Reducer) else list(reducers))
+    check_codec(recipe, method)
     cohort, labels = recipe.cohort_size(len(federation.client_ids)), labels_of(federation, recipe)
     learner = build_learner(recipe, labels, method.adapter())
     plain = plain_names(recipe, learner, method)
@@ -263,6 +263,34 @@ def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) 
     left = frozenset(learner.initial()) - plain
     guard = guard_of(recipe, federation, method, cohort)
     return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left, guard)
+
+
+def check_codec(recipe: Recipe, method: Algorithm) -> None:
+    """Refuse the recipe's codec around a method that sends nothing it can code.
+
+    Raises:
+        ModeConflict: a protocol.
+        ConfigError: parts that are not coded.
+    """
+    codec = codec_of(recipe)
+    if codec is None:
+        return
+    if not isinstance(method, Method):
+        raise ModeConflict(
+            f"The protocol {method.key} sends messages that no codec takes.",
+            "The section 'codec' codes the uploads of methods.",
+            "fedavg",
+            "Remove the section, or choose a method.",
+        )
+    reducers = method.reducer
+    codec.check(["update"] if isinstance(reducers, Reducer) else list(reducers))
+    if not method.feeds and (codec.feeds_back or codec.kind in ("topk", "lowrank")):
+        raise ModeConflict(
+            f"codec.kind={codec.kind} sends a part of an upload and the rest with later ones, and uploads of "
+            f"{method.key} are no changes of the same entries.",
+            "int8 and int4 without codec.clip, bf16 and fp32 code any upload by itself.",
+            "int8",
+        )
 
 
 def build_learner(
@@ -323,6 +351,15 @@ def groups_of(
         return {}, {}
     shares = {n: g.clients if g.clients is not None else g.share or 0.0 for n, g in recipe.groups.items()}
     return assign(federation.client_ids, groups, shares, recipe.seed), learners
+
+
+def check_mixing(recipe: Recipe, method: Algorithm) -> None:
+    """Raise :class:`ConfigError` where the recipe's groups differ in what this method needs the same everywhere."""
+    for name, group in recipe.groups.items():
+        if group.model:
+            _may_mix(method, "models", f"groups.{name}.model")
+        elif group.adapter.get("rank", recipe.adapter.rank) != recipe.adapter.rank:
+            _may_mix(method, "ranks", f"groups.{name}.adapter.rank")
 
 
 def _may_mix(method: Algorithm, what: Literal["ranks", "models"], where: str) -> None:
@@ -403,6 +440,11 @@ def _sparing(recipe: Recipe, method: Algorithm) -> None:
         )
 
 
+def _coded(recipe: Recipe, method: Algorithm) -> bool:
+    """Whether the uploads of a method travel in the recipe's codec: a sum has no codes to undo."""
+    return isinstance(method, Method) and method.key not in ALONE and recipe.secure is None
+
+
 def codec_of(recipe: Recipe) -> Codec | None:
     """The recipe's codec; None where it changes nothing."""
     if recipe.codec.idle:
@@ -423,7 +465,8 @@ def method_of(recipe: Recipe, key: str | None = None) -> Algorithm:
     if "train" in kind.model_fields:
         default = kind.model_fields["train"].default
         changed = {n: getattr(default, n) for n in default.model_fields_set}
-        train = merge(merge(changed, recipe.train), options.pop("train", {}))
+        given = dict(recipe.method.get("train", {})) if key in ALONE and key != recipe.method.get("name") else {}
+        train = merge(merge(merge(changed, recipe.train), given), options.pop("train", {}))
         options["train"] = read(Train, train, "train").model_dump(exclude_unset=True)
     found = read(kind, options, "method")
     if kind.adapters and recipe.adapter.kind not in kind.adapters:
@@ -453,10 +496,11 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     """Play all legs, going on from what the folder already holds; then the result and the report."""
     recipe, begun = ground.recipe, time.perf_counter()
     watch.begin(recipe, ground, folder.path)
-    names = {
-        "federated": method_of(recipe),
-        **{n: method_of(recipe, n) for n in recipe.evaluation.against if n != "base"},
-    }
+    against = [name for name in recipe.evaluation.against if name != "base"]
+    if "central" in against and any(group.model for group in recipe.groups.values()):
+        against.remove("central")
+        ground.warnings.append("The run is not compared with 'central': clients have different models.")
+    names = {FEDERATED: method_of(recipe), **{name: method_of(recipe, name) for name in against}}
     legs = [Leg(name, method, ground, folder, watch, debug) for name, method in names.items()]
     trackers = open_trackers(recipe.tracking, folder.path, recipe.model_dump(mode="json"))
     try:
@@ -519,7 +563,7 @@ class Leg:
         engine, self.stores = ground.engine(name, method, private, debug, guard)
         self.server = Server(engine, recipe.seed, Meter(), recipe.rounds, learner=ground.learner, guard=guard)
         codec = codec_of(recipe)
-        if codec is not None and isinstance(method, Method) and recipe.secure is None:  # a sum has no codes to undo
+        if codec is not None and _coded(recipe, method):
             self.server.opened = codec.decode
         start = ground.learner.initial()
         left = ground.left_by(method)
@@ -555,7 +599,7 @@ class Leg:
 
     async def _round(self, trackers: Sequence[Any]) -> None:
         recipe, begun = self.ground.recipe, time.perf_counter()
-        how = self.cohort, recipe.deadline, recipe.spare if self.name == FEDERATED else 0
+        how = self.cohort, recipe.deadline, 0 if self.method.key in ALONE else recipe.spare
         self.state, record = await play_round(self.method, self.state, self.server, *how)
         every, last = recipe.evaluation.every if self.name == FEDERATED else 0, self.state.round == recipe.rounds
         values, self.counts = None, {}
@@ -567,10 +611,12 @@ class Leg:
         numbers = {k: v for k, v in {"loss": record.loss, **(values or {})}.items() if v is not None}
         for tracker in trackers:
             tracker.log(numbers, self.state.round)
-        self._save(last)
-        self.watch.round(self.name, record, values)
         self.failures = self.failures + 1 if record.failed else 0
-        if self.failures >= FAILED_LIMIT or (record.failed and self.state.round == 1):
+        ends = self.failures >= FAILED_LIMIT or (record.failed is not None and self.state.round == 1)
+        if not record.failed or (last and not ends):  # what goes on plays failed rounds again
+            self._save(last)
+        self.watch.round(self.name, record, values)
+        if ends and record.failed:
             reasons = [entry["reason"] for entry in (*record.rejected, *record.lost)]
             raise RoundFailed(
                 f"Round {record.round} of '{self.name}' failed: {record.failed.rstrip('.')}.",
@@ -599,9 +645,13 @@ class Leg:
             return False
         await self._measure()
         values = self.ground.learner.values(total(self.counts.values())) if self.counts else {}
+        if done:
+            return True
+        up, down = (travelled(self.server.meter, way) for way in ("up", "down"))
         lost, rejected = list(self.server.lost), list(self.server.rejected)
-        self._log(RoundRecord(self.state.round, [], lost=lost, rejected=rejected), values)
-        if not done and self.folder is not None:
+        self.server.meter.seconds += time.perf_counter() - self._since
+        self._log(RoundRecord(self.state.round, [], lost=lost, rejected=rejected, bytes_up=up, bytes_down=down), values)
+        if self.folder is not None:
             self.folder.write_json(f"{self.name}-report.json", self.report)
         self._save(True)
         return True
@@ -747,7 +797,7 @@ def _table(
         "higher_is_better": metric not in LOWER_IS_BETTER,
         "rows": with_gains(ground, rows),
         "clients": {client: ground.federation.names.get(client, client) for client in ground.federation.client_ids},
-        "bytes": {"up": meter.total("up", "work"), "down": meter.total("down", "work")},
+        "bytes": {"up": travelled(meter, "up"), "down": travelled(meter, "down")},
         "tokens": meter.tokens,
         "seconds": time.perf_counter() - begun,
         "guard": first.server.guard.told(),
@@ -764,11 +814,34 @@ def _table(
     return {**table, "sentences": sentences(table)}
 
 
+def travelled(meter: Meter, direction: str) -> int:
+    """Bytes in one direction for the training of a method, whatever it asks clients for; measurements are left out."""
+    return meter.total(direction) - sum(meter.total(direction, op) for op in MEASURING)
+
+
 def new_folder(recipe: Recipe) -> Path:
     """runs/NAME, or runs/NAME-2, ... where that is taken."""
     first = Path(recipe.runs) / recipe.name
     tries = (first if n == 1 else first.with_name(f"{first.name}-{n}") for n in range(1, 10_000))
     return next(path for path in tries if not path.exists())
+
+
+def kept_folder(recipe: Recipe, folder: str | Path | None, what: str) -> RunFolder:
+    """The folder of several runs of a recipe, which is continued where it is there: `compare`, `attack`, `profit`.
+
+    Raises:
+        ConfigError: it holds those of another recipe.
+    """
+    path = Path(folder) if folder else new_folder(recipe.model_copy(update={"name": f"{recipe.name}-{what}"}))
+    if not (path / "recipe.yaml").exists():
+        place = RunFolder.create(path)
+        place.write_text("recipe.yaml", recipe.to_yaml())
+        return place
+    if load_recipe(path / "recipe.yaml") != recipe:
+        raise ConfigError(
+            f"{path} holds what '{what}' made of another recipe.", action="Give another folder, or the same recipe."
+        )
+    return RunFolder.open(path)
 
 
 def environment(ground: Ground) -> dict[str, Any]:

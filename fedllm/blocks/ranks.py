@@ -32,6 +32,8 @@ class MixedRanks(Method, abstract=True):
 
     adapters = ("lora",)
     mixes = ("ranks",)
+    feeds = False
+    absolute = True
 
     ranks: tuple[int, ...] = ()
     """Ranks of clients that no group gives one; each client has one of them, by a seeded draw. []: the adapter's."""

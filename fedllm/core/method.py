@@ -57,6 +57,14 @@ class Method(BaseModel):
     """Whether clients do nothing with their training rows but train on them in `work`; else single rows cannot be kept
     private."""
 
+    feeds: ClassVar[bool] = True
+    """Whether uploads are changes of the same entries every round: what a code loses of one may come with the next."""
+    absolute: ClassVar[bool] = False
+    """Whether uploads are values of their own, such as factors, and no changes of what was sent: clipping the sum of
+    them, or dividing it by more clients than came, makes another model of them."""
+    mirrors: ClassVar[bool] = False
+    """Whether clients keep what they sent: a sum that is clipped, noised or chosen from no longer matches it."""
+
     train: Train = Train()  # pyright: ignore[reportCallIssue]
     """Local training (the recipe's section `train`)."""
     weighting: Weighting = "examples"

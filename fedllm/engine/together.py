@@ -99,7 +99,8 @@ def alike(job: Job) -> tuple[Any, ...]:
         rules = tuple(_identity(rule) for rule in (request.penalty, request.correction))
         given = tuple((n, _form(t)) for n, t in request.given.items())
         terms = None if request.terms is None else tuple((weight, _form(tree)) for weight, tree in request.terms)
-        steps = None if request.moments is None else float(request.moments.get("step", torch.zeros(())))
+        moments = request.moments
+        steps = None if moments is None else (float(moments.get("step", torch.zeros(()))), *sorted(moments))
         how = request.train, request.split, request.loss, rules, steps
         return Fit, how, _form(request.start), _form(request.fixed), terms, given, job.noised is None
     if isinstance(request, Probe):

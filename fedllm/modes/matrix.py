@@ -10,7 +10,7 @@ from fedllm.core.method import Method
 from fedllm.modes.means import weighting_of
 from fedllm.modes.privacy.central import check as check_central
 from fedllm.modes.privacy.examples import check as check_examples
-from fedllm.modes.robust import check as check_robust
+from fedllm.modes.robust import check_rule
 
 
 def _coded(method: Any) -> None:
@@ -24,7 +24,7 @@ MODES: dict[str, Callable[[Any], object]] = {
     "secure sum": lambda method: weighting_of(method, "A secure sum"),
     "encrypted sum": lambda method: weighting_of(method, "An encrypted sum"),
     "codec": _coded,
-    "attack, defence": lambda method: check_robust("a rule", method),
+    "defence": lambda method: check_rule("a rule", method),
 }
 """Each mode and what refuses a method with it."""
 

@@ -43,7 +43,7 @@ class Defended(Guard):
     """
 
     def __init__(self, defence: Rule, method: Method, rounds: int, seed: int) -> None:
-        check(defence.key, method)
+        check_rule(defence.key, method)
         self.defence, self.rounds, self.seed = defence, rounds, seed
         self.remembered: Tensors | None = None
         self.seen: dict[str, Json] = {}
@@ -254,6 +254,21 @@ def _added(server: Server, reduction: Reduction, client: str, upload: Upload) ->
         reduction.add(client, upload)
     except UploadRejected as fault:
         server.reject(client, str(fault))
+
+
+def check_rule(key: str, method: Any) -> None:
+    """Refuse a method whose uploads no rule may change or leave out.
+
+    Raises:
+        ModeConflict: see :func:`check`; or clients that keep what they sent.
+    """
+    check(key, method)
+    if method.mirrors:
+        raise ModeConflict(
+            f"Clients of the method {method.key} keep what they sent, and '{key}' leaves uploads out or changes them.",
+            "Both have to stay the same.",
+            "fedavg",
+        )
 
 
 def check(key: str, method: Any) -> None:

@@ -112,6 +112,10 @@ class MedVQA(Method):
         numbers = {**state.numbers, "accuracy": {**state.numbers["accuracy"], **kept}}
         return State(state.params, {"own": {**state.memory["own"], **own}}, numbers, state.round)
 
+    def weights(self, state: State, start: Tensors) -> Tensors:
+        """None: everybody has a prompt of its own."""
+        return {}
+
 
 def accuracy(report: ScoreReport) -> float:
     """A score's accuracy, whatever the task calls it."""

@@ -10,6 +10,7 @@ from fedllm.core.method import Method, on_client
 from fedllm.core.reducer import Reducers, Update
 from fedllm.core.roster import Member
 from fedllm.core.state import State
+from fedllm.core.tensors import Tensors
 from fedllm.core.work import Client
 
 
@@ -46,6 +47,10 @@ class Local(Method):
     def finalize(self, state: State, update: Update) -> State:
         """The state stays as it was."""
         return state
+
+    def weights(self, state: State, start: Tensors) -> Tensors:
+        """None: the clients share no model."""
+        return {}
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:

@@ -36,6 +36,7 @@ class Scaffold(Method):
         status="verified",
     )
     private = ("control",)
+    mirrors = True
 
     train: Train = Train(optimizer="sgd", lr=0.1, clip_norm=None)
     """Local training; option II needs plain SGD."""

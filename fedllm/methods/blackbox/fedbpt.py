@@ -47,7 +47,8 @@ class FedBPT(Method):
         models=("causal-lm", "masked-lm", "sequence-classification", "token-classification"),
         status="verified",
     )
-    only_fits = False
+    only_fits = feeds = False
+    absolute = True
     adapters = ("prompt",)
 
     subspace: Subspace = Subspace()  # pyright: ignore[reportCallIssue]

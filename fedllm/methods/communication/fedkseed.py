@@ -43,7 +43,7 @@ class FedKSeed(Method):
         claim="Full-parameter tuning with under 18 kB per client and round; accuracy rises with K and then saturates.",
         status="verified",
     )
-    only_fits = False
+    only_fits = feeds = False
 
     train: Train = Train(steps=200, batch_size=1, lr=3e-7, optimizer="sgd", clip_norm=None)  # pyright: ignore
     """Local training: `steps` is tau. The rate is that of a language model with 10^9 weights; small ones need more."""

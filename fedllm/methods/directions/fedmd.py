@@ -42,7 +42,7 @@ class FedMD(Method):
         models=("sequence-classification",),
         status="verified",
     )
-    asks, only_fits = ("describe", "learn"), False
+    asks, only_fits, feeds = ("describe", "learn"), False, False
     private = ("model", "digest", "revisit")
     mixes = ("ranks", "models")
     public = True

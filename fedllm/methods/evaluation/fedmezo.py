@@ -47,7 +47,7 @@ class FedMeZO(Method):
         claim="Trains in the memory of inference, and rates by client make the loss fall faster than one rate.",
         status="runs",
     )
-    only_fits = False
+    only_fits = feeds = False
 
     train: Train = Train(steps=30, batch_size=1, lr=1e-5, optimizer="sgd", clip_norm=None)  # pyright: ignore
     """Local training; weight decay spares biases and norms."""

@@ -51,7 +51,7 @@ class FwdLLM(Method):
         claim="Pacing by variance and filtered directions reach more with the same number of perturbed inferences.",
         status="runs",
     )
-    only_fits = False
+    only_fits = feeds = False
 
     train: Train = PLAIN
     """Batch size of a probe, and the server's learning rate with its schedule over the rounds."""

@@ -345,6 +345,20 @@ def check(method: Any) -> None:
                 action="Set method.weighting=uniform.",
             )
     works_alone(method, "The section 'privacy'")
+    if method.absolute:
+        raise ModeConflict(
+            f"Uploads of the method {method.key} are values and no changes, and the sum is clipped around zero and "
+            "divided by the clients that are expected.",
+            "With the section 'privacy', uploads are changes of what was sent.",
+            "fedavg",
+        )
+    if method.mirrors:
+        raise ModeConflict(
+            f"Clients of the method {method.key} keep what they sent, and the sum of it is clipped and noised.",
+            "Both have to stay the same.",
+            "fedavg",
+            "Choose another method, or set privacy.level=example.",
+        )
     if type(method).cohort is not Method.cohort:
         raise ModeConflict(
             f"The method {method.key} chooses its cohort itself.",
