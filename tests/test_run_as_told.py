@@ -123,6 +123,7 @@ def test_clients_with_and_without_a_memory_of_momentum_do_not_share_a_pass() -> 
 
 
 def test_compare_asks_what_a_run_asks() -> None:
-    groups = {"groups": {"phone": {"share": 0.4, "adapter": {"rank": 2}}}, "adapter": {"rank": 4}}
+    phones, rest = {"share": 0.4, "adapter": {"rank": 2}}, {"share": 0.6}
+    groups = {"groups": {"phone": phones, "rest": rest}, "adapter": {"rank": 4}}
     with pytest.raises(ConfigError, match="needs the same ranks"):
         fedllm.compare({**RECIPE, **groups, "method": "hetlora"}, ["hetlora", "fedavg"], data=clients())

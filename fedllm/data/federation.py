@@ -217,6 +217,8 @@ class Federation:
         for row in itertools.chain(*rest, self.public):
             value = row.get(self.label_column)
             found.update(value if isinstance(value, list | tuple) else (value,))
+        # A task knows labels by their text, so that 1 of rows in memory and '1' of a .csv file are one label.
+        found -= {value for value in found if not isinstance(value, str) and str(value) in found}
         return sorted(found - {None}, key=lambda value: (type(value).__name__, value))
 
 

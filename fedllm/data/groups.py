@@ -29,12 +29,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy
 
 from fedllm.core.errors import ConfigError, DataError
 from fedllm.core.seeds import numpy_stream, python_stream
+from fedllm.data.load import Rows
 
 Example = Mapping[str, Any]
 FORMAT = "fedllm groups 1"
@@ -199,7 +200,7 @@ def build(
     """Group `rows` by key into the new folder `out`; the folder appears when everything is written, or not at all.
 
     Args:
-        rows: examples with text names and JSON values, read once.
+        rows: examples with text names and JSON values, read once; classes of a `datasets.Dataset` by their names.
         key: a column, a :class:`Key`, or a pure function from example to text.
         out: the folder to make.
         shards: files to spread the groups over.
@@ -213,6 +214,8 @@ def build(
         DataError: `out` exists, there are no rows, a key is empty, or an example is not JSON; the disk is full.
     """
     out, find = Path(out), _finder(key)
+    if hasattr(rows, "__getitems__") and (table := Rows(cast("Any", rows))).classes:
+        rows = table.take(numpy.arange(len(table)))
     if shards < 1 or memory < 1 or (max_group_bytes is not None and max_group_bytes < 1):
         raise ConfigError(
             f"shards={shards}, memory={memory}, max_group_bytes={max_group_bytes} cannot be used.",

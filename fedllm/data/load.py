@@ -34,6 +34,8 @@ KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parq
 """File ending -> reader of `datasets`; each may be followed by .gz."""
 ROLES = ("instruction", "response", "text", "messages", "label", "tokens", "tags")
 """Columns that tasks read; nulls in them are counted."""
+TEXTS = (*ROLES, "input", "classes")
+"""Columns whose values tasks read as text: the names of classes, and cells of a table as they are written."""
 BLOCK = 1024
 """Rows read at a time."""
 
@@ -70,6 +72,14 @@ class Rows:
             return list(dict.fromkeys(name for row in self.table for name in row))
         return list(self.table.column_names)
 
+    @functools.cached_property
+    def classes(self) -> dict[str, list[str]]:
+        """Text column -> names of its classes, where the table keeps their numbers (`datasets.ClassLabel`)."""
+        if isinstance(self.table, Sequence):
+            return {}
+        found = {name: _class_names(self.table.features[name]) for name in self.columns if name in TEXTS}
+        return {name: names for name, names in found.items() if names is not None}
+
     @property
     def strata(self) -> list[numpy.ndarray]:
         """Row numbers of the training rows and, where rows are marked, of the held-out rows."""
@@ -90,24 +100,28 @@ class Rows:
         raise no_column(name, self.columns)
 
     def read(self, numbers: Sequence[int] | numpy.ndarray) -> list[Row]:
-        """The rows of these numbers, read now."""
+        """The rows of these numbers, read now; classes by their names."""
         wanted = [int(number) for number in numbers]
         if isinstance(self.table, Sequence):
             return [self.table[number] for number in wanted]
-        return self.table.__getitems__(wanted)
+        rows = self.table.__getitems__(wanted)
+        for name in self.classes:
+            for row in rows:
+                row[name] = self._named(name, row[name])
+        return rows
 
     def take(self, numbers: numpy.ndarray) -> Selection:
         """The rows of these numbers, read when they are looked at."""
         return Selection(self, numbers)
 
     def values(self, name: str) -> Iterator[Any]:
-        """Every value of one column; no other column is read."""
+        """Every value of one column, classes by their names; no other column is read."""
         name = self.column(name)
         if isinstance(self.table, Sequence):
             yield from (row.get(name) for row in self.table)
             return
         for batch in self.table.select_columns([name]).iter(BLOCK):
-            yield from batch[name]
+            yield from self._named(name, batch[name]) if name in self.classes else batch[name]
 
     def codes(self, name: str) -> tuple[numpy.ndarray, list[Any]]:
         """A column as numbers: (number of each row's value, shape [rows]; the distinct values, sorted).
@@ -152,6 +166,8 @@ class Rows:
         """How many rows have no value in a column."""
         if isinstance(self.table, Sequence):
             return sum(row.get(name) is None for row in self.table)
+        if name in self.classes:  # -1 stands for no class
+            return sum(value is None for value in self.values(name))
         batches = self.table.select_columns([name]).with_format("arrow").iter(BLOCK)
         return sum(batch[name].null_count for batch in batches)
 
@@ -164,7 +180,23 @@ class Rows:
             yield from self.values(name)
             return
         for batch in self.table.select_columns([name]).with_format("arrow").iter(64 * BLOCK):
-            yield from batch[name].to_pylist()
+            found = batch[name].to_pylist()
+            yield from self._named(name, found) if name in self.classes else found
+
+    def _named(self, name: str, value: Any) -> Any:
+        """A value of a column of classes, or a list of them: names in place of numbers; -1, no class, is null."""
+        if value is None:
+            return None
+        if isinstance(value, list):
+            return [self._named(name, one) for one in value]
+        names = self.classes[name]
+        if value >= len(names):
+            raise DataError(
+                f"The column '{name}' holds the class {value}.",
+                f"Its {len(names)} classes are 0 to {len(names) - 1}; -1 stands for none.",
+                action="Mend the data.",
+            )
+        return names[value] if value >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -205,7 +237,8 @@ def load_rows(source: DataSettings | Dataset | Sequence[Row], seed: int = 0) -> 
     if not isinstance(source, DataSettings):
         return Rows(_in_memory(source))
     if source.path is not None:
-        rows = Rows(from_files(source.path))
+        _apart(source.evaluation.path, "data.path", source.path)
+        rows = Rows(from_files(source.path, source.columns))
     elif source.name is None:
         raise ConfigError(
             "data has neither path nor name.",
@@ -219,12 +252,15 @@ def load_rows(source: DataSettings | Dataset | Sequence[Row], seed: int = 0) -> 
 
 def arrange(rows: Rows, settings: DataSettings, seed: int) -> Rows:
     """Apply to loaded rows what settings say about any data: columns, held-out rows, limit, counted nulls."""
+    if settings.public is not None:
+        _apart(settings.evaluation.path, "data.public.path", settings.public.path)
     rows = with_roles(rows, settings.columns)
     if settings.limit is not None:
         rows = _sampled(rows, settings.limit, seed)
     if settings.evaluation.path is not None:
-        held = with_roles(Rows(from_files(settings.evaluation.path)), settings.columns, settings.evaluation.path)
-        rows = _joined(rows, held, settings.evaluation.path)
+        path = settings.evaluation.path
+        held = with_roles(Rows(from_files(path, settings.columns)), settings.columns, path)
+        rows = _joined(rows, held, path)
     elif settings.evaluation.column is not None:
         rows = _marked(rows, settings.evaluation.column, settings.evaluation.value)
     rows.notes += _null_notes(rows, settings.columns)
@@ -268,8 +304,13 @@ def _built_in(settings: DataSettings, seed: int) -> Rows:
     return Rows(training + held, held_out=numpy.arange(len(training), len(training) + len(held)))
 
 
-def from_files(path: str) -> Dataset:
+def from_files(path: str, columns: Mapping[str, str] | None = None) -> Dataset:
     """The table in a file, a folder or the files of a pattern, memory-mapped.
+
+    Args:
+        path: a file, a folder or a pattern.
+        columns: role -> column of the file. In .csv and .tsv a column that a task reads as text stays as it is
+            written (0042 is no number); other columns are numbers where all their values are.
 
     Raises:
         DataError: no such file, an empty or malformed one, or one of an unknown kind.
@@ -279,7 +320,9 @@ def from_files(path: str) -> Dataset:
     for file in files:
         _not_empty(file)
     # Without these two, pandas reads the words NA, None and null of a text as missing values.
-    options = {"sep": separator, "keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    options: dict[str, Any] = {"sep": separator, "keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    if kind == "csv":
+        options["converters"] = dict.fromkeys(_text_columns(columns or {}), _cell)
     import datasets
 
     try:
@@ -361,6 +404,38 @@ def _from_hub(settings: DataSettings) -> Dataset:
     return found
 
 
+def _apart(held_out: str | None, key: str, path: str) -> None:
+    """Refuse a file that is both held out and read by another setting: it would be trained on."""
+    if held_out is None:
+        return
+    held = {file.resolve() for file in find_files(held_out)}
+    both = next((file for file in find_files(path) if file.resolve() in held), None)
+    if both is not None:
+        raise ConfigError(
+            f"The file {both} belongs to both {key}={path} and data.evaluation.path={held_out}.",
+            "Held-out rows may not be trained on.",
+            action=f"Let {key} name the other files only, by a pattern or in a folder of their own.",
+        )
+
+
+def _text_columns(columns: Mapping[str, str]) -> list[str]:
+    """The columns of a file that play a role of text."""
+    others = {source for role, source in columns.items() if role not in TEXTS}
+    return [source for source in dict.fromkeys(columns.get(role, role) for role in TEXTS) if source not in others]
+
+
+def _cell(text: str) -> str | None:
+    """A cell as it is written; an empty one is null."""
+    return text or None
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of a `datasets.ClassLabel`, or of one within lists; None for any other feature."""
+    while not hasattr(feature, "names") and (inner := getattr(feature, "feature", None)) is not None:
+        feature = inner
+    return list(feature.names) if type(feature).__name__ == "ClassLabel" else None
+
+
 # --- what settings say about any data ----------------------------------------------------------------------------
 
 
@@ -401,7 +476,7 @@ def _joined(rows: Rows, held: Rows, path: str) -> Rows:
     import datasets
 
     if isinstance(rows.table, Sequence) or isinstance(held.table, Sequence):
-        table: Any = [*rows.take(numpy.arange(len(rows))), *held.take(numpy.arange(len(held)))]
+        table: Any = [*_as_text(rows, held), *held.take(numpy.arange(len(held)))]
     else:
         try:
             with _quiet():
@@ -412,6 +487,15 @@ def _joined(rows: Rows, held: Rows, path: str) -> Rows:
                 "Columns of the same name need the same type.",
             ) from fault
     return Rows(table, rows.notes, numpy.arange(len(rows), len(rows) + len(held)), rows.sources)
+
+
+def _as_text(rows: Rows, other: Rows) -> Iterator[Row]:
+    """The rows, with text in place of numbers where the other table has text: 1 and '1' are one label."""
+    features = {} if isinstance(other.table, Sequence) else other.table.features
+    names = [name for name in TEXTS if str(getattr(features.get(name), "dtype", "")).endswith("string")]
+    for row in rows.take(numpy.arange(len(rows))):
+        numbers = [name for name in names if isinstance(row.get(name), int | float) and row[name] == row[name]]
+        yield {**row, **{name: str(row[name]) for name in numbers}}
 
 
 def _marked(rows: Rows, column: str, value: Any) -> Rows:

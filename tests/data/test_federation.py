@@ -14,7 +14,7 @@ from fedllm.core.errors import ConfigError, DataError
 from fedllm.data.federation import Federation, HeldOut
 from fedllm.data.load import Rows
 from fedllm.data.organisations import organisations
-from fedllm.data.settings import DataSettings, EvaluationSplit
+from fedllm.data.settings import DataSettings, EvaluationSplit, PublicData
 
 IID = {"by": "iid", "clients": 4}
 
@@ -333,3 +333,19 @@ def test_the_same_in_another_process():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = build(rows(40))
     assert done.stdout.strip() == str([numbers(here.rows(c, "eval")) for c in here.client_ids])
+
+
+def test_labels_are_names_of_classes_and_alike_in_memory_and_in_a_table(tmp_path, cache):
+    import datasets
+
+    names = datasets.ClassLabel(names=["owl", "ant"])
+    table = datasets.Dataset.from_dict({"label": [0, 1, -1]}, datasets.Features({"label": names}))
+    settings = DataSettings(name=None, partition={"by": "iid", "clients": 1}, evaluation={"fraction": 0})
+    found = Federation.build(settings, 0, table)
+    (client,) = found.client_ids
+    assert found.labels == ["ant", "owl"] and [row["label"] for row in found.rows(client)] == ["owl", "ant", None]
+
+    public = tmp_path / "public.csv"
+    public.write_text("text,label\na,1\nb,3\n")
+    beside = settings.model_copy(update={"public": PublicData(path=str(public))})
+    assert Federation.build(beside, 0, [{"label": 1}, {"label": 2}]).labels == [2, "1", "3"]

@@ -165,6 +165,17 @@ def test_what_comes_after_the_cap_is_left_out_however_small(out):
     assert content(out) == {"a": rows[:1]}
 
 
+def test_classes_are_grouped_and_written_by_their_names(out):
+    import datasets
+
+    features = datasets.Features({"label": datasets.ClassLabel(names=["owl", "ant"]), "n": datasets.Value("int64")})
+    build(datasets.Dataset.from_dict({"label": [1, 0, 1], "n": [1, 2, 3]}, features), "label", out)
+    assert content(out) == {
+        "owl": [{"label": "owl", "n": 2}],
+        "ant": [{"label": "ant", "n": 1}, {"label": "ant", "n": 3}],
+    }
+
+
 def test_statistics_of_groups(out):
     rows = [{"k": "a", "t": "one two  three"}, {"k": "b", "t": ["x y", {"z": "w"}], "n": 5}, {"k": "a", "t": ""}]
     build(rows, "k", out)

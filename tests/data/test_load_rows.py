@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from fedllm.core.errors import ConfigError, DataError
-from fedllm.data.load import Rows, load_rows
+from fedllm.data.load import Rows, arrange, load_rows
 from fedllm.data.settings import DataSettings
 
 IID = {"by": "iid", "clients": 1}
@@ -232,6 +232,116 @@ def test_rows_in_memory():
             load_rows(wrong)
     with pytest.raises(ConfigError, match="neither path nor name"):
         load_rows(DataSettings(name=None, partition=IID))
+
+
+def classed():
+    """Rows whose label, tags and other column are kept as numbers of classes; -1 is no class."""
+    import datasets
+
+    animal, tag = datasets.ClassLabel(names=["owl", "ant"]), datasets.ClassLabel(names=["O", "B-PER"])
+    features = datasets.Features(
+        {
+            "animal": animal,
+            "ner": datasets.Sequence(tag),
+            "other": animal,
+            "tokens": datasets.List(datasets.Value("string")),
+        }
+    )
+    rows = {"animal": [0, -1, 1, None], "ner": [[0, 1], [], [-1], None], "other": [1, 0, 1, 0], "tokens": [["a"]] * 4}
+    return datasets.Dataset.from_dict(rows, features)
+
+
+NAMED = [
+    {"label": "owl", "tags": ["O", "B-PER"], "other": 1, "tokens": ["a"]},
+    {"label": None, "tags": [], "other": 0, "tokens": ["a"]},
+    {"label": "ant", "tags": [None], "other": 1, "tokens": ["a"]},
+    {"label": None, "tags": None, "other": 0, "tokens": ["a"]},
+]
+"""The same rows as a task needs them: names where a column is read as text."""
+
+
+@pytest.mark.parametrize("source", ["parquet", "hub", "memory"])
+def test_classes_are_read_by_their_names(tmp_path, cache, monkeypatch, source):
+    import datasets
+
+    columns, table = {"label": "animal", "tags": "ner"}, classed()
+    if source == "parquet":
+        table.to_parquet(tmp_path / "a.parquet")
+        rows = load(tmp_path / "a.parquet", columns=columns)
+    elif source == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **given: table)
+        rows = load_rows(DataSettings(name="org/data", columns=columns, partition=IID))
+    else:
+        rows = arrange(load_rows(table), DataSettings(name=None, columns=columns, partition=IID), 0)
+    assert listed(rows) == NAMED and rows.table.features["label"].dtype == "int64"  # read so, not written anew
+    assert list(rows.values("label")) == ["owl", None, "ant", None]
+    assert rows.distinct("label") == ["ant", "owl"] and rows.distinct("tags") == ["B-PER", "O"]
+    assert rows.notes == [
+        "The column 'label' is null in 2 of 4 rows.",
+        "The column 'tags' is null in 1 of 4 rows.",
+    ]
+    assert rows.distinct("other") == [0, 1]  # no task reads it as text
+
+
+def test_classes_are_named_as_a_key_too():
+    table = classed().rename_column("animal", "label")
+    codes, values = load_rows(table.select([2, 0, 2])).codes("label")
+    assert [values[code] for code in codes] == ["ant", "owl", "ant"]
+    with pytest.raises(DataError, match="'label' is null or empty in 2 of 4 rows, first in row 2"):
+        load_rows(table).codes("label")
+
+
+def test_a_class_without_a_name_is_an_error():
+    import datasets
+
+    table = classed().rename_column("animal", "label").remove_columns("other")
+    few = table.cast_column("label", datasets.ClassLabel(names=["owl"]))
+    with pytest.raises(DataError, match=r"'label' holds the class 1\..*Its 1 classes are 0 to 0"):
+        listed(load_rows(few))
+
+
+@pytest.mark.parametrize("name", ["train", "train/*", "train/test.jsonl", "link"])
+def test_a_file_that_is_held_out_may_not_be_read_for_training(tmp_path, cache, write, name):
+    first, test = write("train/a.jsonl", [{"n": 1}]), write("train/test.jsonl", [{"n": 2}])
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    wrong = str(tmp_path / name)
+    held, match = {"path": test}, r"The file .*test\.jsonl belongs to both {}=.* and data\.evaluation\.path=.*pattern"
+    with pytest.raises(ConfigError, match=match.format(r"data\.path")):
+        load(wrong, evaluation=held)
+    with pytest.raises(ConfigError, match=match.format(r"data\.public\.path")):
+        load(first, evaluation=held, public={"path": wrong})
+    memory = DataSettings(name=None, evaluation=held, public={"path": wrong}, partition=IID)
+    with pytest.raises(ConfigError, match=match.format(r"data\.public\.path")):
+        arrange(load_rows([{"n": 1}]), memory, 0)
+    rows = load(tmp_path / "train" / "a*", evaluation=held, public={"path": first})
+    assert listed(rows) == [{"n": 1}, {"n": 2}] and rows.held_out.tolist() == [1]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_text_in_a_table_stays_as_it_is_written(tmp_path, cache, form):
+    lines = ["q,response,label,year,input", "12,0042,1,2016,NA", "7,1.50,,2017,", ",True,2,2018,x"]
+    path = tmp_path / f"a.{form}"
+    path.write_text("\n".join(lines).replace(",", "," if form == "csv" else "\t") + "\n")
+    rows = load(path, columns={"instruction": "q"})
+    assert [list(row.values()) for row in listed(rows)] == [
+        ["12", "0042", "1", 2016, "NA"],
+        ["7", "1.50", None, 2017, None],
+        [None, "True", "2", 2018, "x"],
+    ]
+    assert rows.distinct("year") == [2016, 2017, 2018]  # a column that is no text is still one of numbers
+    held = load(path, columns={"n": "label"}, evaluation={"column": "year", "value": 2017})
+    assert list(held.values("n"))[::2] == [1.0, 2.0] and held.held_out.tolist() == [1]  # its role decides
+
+
+def test_labels_in_memory_and_in_a_held_out_table_are_alike(tmp_path, cache):
+    held = tmp_path / "held.csv"
+    held.write_text("label,n\n1,5\n2,6\n")
+    settings = DataSettings(name=None, evaluation={"path": str(held)}, partition=IID)
+    rows = arrange(load_rows([{"label": 1, "n": 1}, {"label": 3, "n": 2}]), settings, 0)
+    assert rows.codes("label")[1] == ["1", "2", "3"] and rows.codes("n")[1] == [1, 2, 5, 6]
+    none = arrange(load_rows([{"label": float("nan")}, {"label": None}]), settings, 0)
+    with pytest.raises(DataError, match="null or empty in 2 of 4 rows"):
+        none.codes("label")
 
 
 def test_limit_is_a_seeded_sample_in_the_old_order(cache, write):
