@@ -26,6 +26,7 @@ from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.seeds import derive, torch_stream
 from fedllm.models.load import Loaded, load_model
 from fedllm.models.settings import ModelSettings
+from fedllm.tasks.template import DATE, Template
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 LARGEST = 1024 * 1024
@@ -105,7 +106,8 @@ class Writer:
         self.context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         ends = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
         added = ends if isinstance(ends, list) else [ends]
-        self.ends = {end for end in (self.tokenizer.eos_token_id, *added) if end is not None}
+        turn = Template("chat", self.tokenizer).turn_end if self.tokenizer.chat_template else None
+        self.ends = {end for end in (self.tokenizer.eos_token_id, turn, *added) if end is not None}
         accepts = inspect.signature(loaded.model.forward).parameters
         self._cache = "cache" if "cache" in accepts else "past_key_values"  # the name changed with transformers 5.2x
         self._one_at_a_time = threading.Lock()
@@ -117,12 +119,8 @@ class Writer:
     def _answer(self, query: Query) -> Completion:
         if query.continuation is not None:
             text = query.prompt + query.continuation
-            ids, starts = self.encode_with_places(text)
-            kept = [
-                value
-                for value, end in zip(self.score(ids), [*starts[1:], len(text)], strict=True)
-                if end > len(query.prompt)
-            ]
+            ids, places = self.encode_with_places(text)
+            kept = [v for v, (_, end) in zip(self.score(ids), places, strict=True) if end > len(query.prompt)]
             logprobs = tuple(float("nan") if value is None else value for value in kept)
             return Completion(query.continuation, logprobs, len(ids), 0, "stop")
         system = [] if query.system is None else [{"role": "system", "content": query.system}]
@@ -133,31 +131,33 @@ class Writer:
         found = self.write(ids, query.max_tokens, query.temperature, 1.0, query.sample, query.stop)
         return Completion(found.text, tuple(found.logprobs), len(ids), len(found.tokens), found.finish)
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text to be continued."""
-        return self.encode_with_places(text)[0]
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of a text to be continued; without the tokenizer's special tokens where `special` is False."""
+        return self.encode_with_places(text, special)[0]
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, with the place in it where each begins."""
-        special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+    def encode_with_places(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a text, with the places in it where each begins and ends; see :meth:`encode`."""
+        special = special and not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
         found = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        ids, starts = list(found["input_ids"]), [int(start) for start, _ in found["offset_mapping"]]
+        ids, places = list(found["input_ids"]), [(int(start), int(end)) for start, end in found["offset_mapping"]]
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids, starts = ids[:-1], starts[:-1]
+            ids, places = ids[:-1], places[:-1]
         if not ids:
             begin = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-            ids, starts = [next(token for token in begin if token is not None)], [0]
-        return ids, starts
+            ids, places = [next(token for token in begin if token is not None)], [(0, 0)]
+        return ids, places
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the answer begins."""
         if not self.tokenizer.chat_template:
             raise BadRequest(f"{self.name} has no chat template. Ask /v1/completions.")
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, date_string=DATE
+            )
         except Exception as fault:  # templates raise what they like
             raise BadRequest(f"The messages do not fit the model's chat template: {fault}") from None
-        return self.encode(str(text))
+        return self.encode(str(text), special=False)  # the template wrote them, as in training
 
     def write(
         self,
@@ -194,7 +194,11 @@ class Writer:
         self._fits(len(ids))
         with self._one_at_a_time, torch.inference_mode():
             logits = self.model(input_ids=torch.tensor([list(ids)], device=self.model.device)).logits[0].float().cpu()
-        found = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1)
+        found = (
+            torch.log_softmax(logits[:-1], -1)
+            .gather(1, torch.tensor(list(ids[1:]), dtype=torch.long).unsqueeze(1))
+            .squeeze(1)
+        )
         return [None, *found.tolist()]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -275,7 +279,8 @@ class Service:
             ids, starts, text = self.writer.encode_chat(_messages(body)), [], ""
         else:
             text = _given(body, "prompt", str, None)
-            ids, starts = self.writer.encode_with_places(text)
+            ids, places = self.writer.encode_with_places(text)
+            starts = [start for start, _ in places]
         echo, wants = not chat and _given(body, "echo", bool, False), body.get("logprobs") not in (None, False)
         asked = body.get("max_tokens", body.get("max_completion_tokens"))
         limit = DEFAULT_TOKENS if asked is None else asked

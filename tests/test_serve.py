@@ -155,3 +155,38 @@ def test_what_cannot_be_served(service: Service) -> None:
 
 def test_no_gradient_reaches_the_model(service: Service) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in service.writer.model.parameters())
+
+
+CHATML = (
+    "{{ date_string }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<unk>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_is_the_tokens_of_training_and_ends_with_its_turn() -> None:
+    from fedllm.tasks.template import Template
+
+    loaded = load_model(ModelSettings(name="toy:llama"), "causal-lm")
+    tokenizer: Any = loaded.tokenizer
+    assert tokenizer.unk_token_id not in Writer(loaded).ends
+    tokenizer.chat_template = CHATML
+    writer = Writer(loaded)
+    prompt = Template("chat", tokenizer).prompt({"instruction": "one?"})
+    ids = writer.encode_chat([{"role": "user", "content": "one?"}])
+    assert prompt.startswith("26 Jul 2024") and ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert writer.encode("one?")[0] == tokenizer.bos_token_id
+    assert writer.ends == {tokenizer.eos_token_id, tokenizer.unk_token_id}
+
+
+def test_a_text_of_one_token_has_no_score(service: Service) -> None:
+    assert service.writer.score([5]) == [None]
+    body = {"prompt": "", "max_tokens": 0, "echo": True, "logprobs": 1}
+    status, found = ask(service, "/v1/completions", body)
+    assert status == 200 and found["choices"][0]["logprobs"]["token_logprobs"] == [None]
+
+
+@pytest.mark.parametrize(("prompt", "continuation", "count"), [("a ", "🙂", 4), ("a", " b", 1), ("a", "  b", 2)])
+def test_a_score_holds_exactly_the_tokens_of_the_continuation(prompt: str, continuation: str, count: int) -> None:
+    writer = Writer("toy:llama")
+    (found,) = writer([Query(prompt, continuation=continuation)])
+    assert found.logprobs == pytest.approx(writer.score(writer.encode(prompt + continuation))[-count:])

@@ -15,10 +15,16 @@ from fedllm.core.errors import ModelError
 from fedllm.core.seeds import torch_stream
 from fedllm.models.adapters.attach import Adapted
 from fedllm.models.structure import is_encoder_decoder
+from fedllm.tasks.template import Template
 
 
 def continue_prompts(
-    adapted: Adapted, prompts: Sequence[Sequence[str]], max_tokens: int, temperature: float, seeds: Sequence[int]
+    adapted: Adapted,
+    prompts: Sequence[Sequence[str]],
+    max_tokens: int,
+    temperature: float,
+    seeds: Sequence[int],
+    template: Template | None = None,
 ) -> list[list[str]]:
     """Continuations of each client's prompts, without the prompts; ends at the end-of-sequence token.
 
@@ -28,6 +34,8 @@ def continue_prompts(
         max_tokens: most new tokens.
         temperature: 0 is greedy; above it, sampling from the softmax at that temperature.
         seeds: one per client.
+        template: what rendered the prompts of a causal model; its chat prompts get no special tokens, as in training,
+            and its end of a turn ends a text.
 
     Raises:
         ModelError: the model writes no text, or does not read as many tokens as prompt and continuation have.
@@ -37,18 +45,21 @@ def continue_prompts(
         return [[] for _ in prompts]
     if adapted.loaded.kind not in ("causal-lm", "seq2seq"):
         raise ModelError(f"{adapted.loaded.name} was loaded for {adapted.loaded.kind} and cannot write text.")
-    tokenizer, device = adapted.loaded.tokenizer, adapted.device
+    tokenizer = adapted.loaded.tokenizer
     flat = [group[i] if i < len(group) else "." for group in prompts for i in range(rows)]
-    encoded = [tokenizer(text, add_special_tokens=not _has_start(tokenizer, text))["input_ids"] for text in flat]
-    if adapted.loaded.kind == "causal-lm":
+    causal = adapted.loaded.kind == "causal-lm"
+    chat = template if causal else None
+    ready = [_has_start(tokenizer, text) or (chat is not None and chat.rendered(text)) for text in flat]
+    encoded = [tokenizer(t, add_special_tokens=not done)["input_ids"] for t, done in zip(flat, ready, strict=True)]
+    if causal:
         encoded = [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
         encoded = [ids or [_first_token(tokenizer)] for ids in encoded]
     _check_length(adapted, max(len(ids) for ids in encoded), max_tokens)
     picker = _Picker(temperature, [torch_stream(seed, "prompt", row) for seed in seeds for row in range(rows)])
+    ends = _ends(adapted, chat)
     with torch.no_grad():
         loop = _encoder_decoder if is_encoder_decoder(adapted.model) else _decoder
-        written = loop(adapted, encoded, max_tokens, picker, device)
-    ends = _ends(adapted)
+        written = loop(adapted, encoded, max_tokens, picker, ends)
     texts = [tokenizer.decode(_until_end(ids, ends), skip_special_tokens=True) for ids in written]
     return [texts[k * rows : k * rows + len(group)] for k, group in enumerate(prompts)]
 
@@ -110,7 +121,7 @@ class _Picker:
 
 
 def _decoder(
-    adapted: Adapted, encoded: list[list[int]], max_tokens: int, pick: _Picker, device: torch.device
+    adapted: Adapted, encoded: list[list[int]], max_tokens: int, pick: _Picker, ends: list[int]
 ) -> list[list[int]]:
     """Left-padded prompts, then one token at a time over the key-value cache."""
     tokenizer, longest = adapted.loaded.tokenizer, max(len(ids) for ids in encoded)
@@ -118,6 +129,7 @@ def _decoder(
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(encoded):
         ids[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = torch.tensor(tokens), 1
+    device = adapted.device
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -128,12 +140,12 @@ def _decoder(
     mask = torch.cat([mask.new_ones(len(encoded), virtual), mask], 1)
     following = positions[:, -1:] + 1 + virtual
     written: list[list[int]] = [[] for _ in encoded]
-    done, ends = torch.zeros(len(encoded), dtype=torch.bool, device=device), torch.tensor(_ends(adapted), device=device)
+    done, stops = torch.zeros(len(encoded), dtype=torch.bool, device=device), torch.tensor(ends, device=device)
     for count in range(max_tokens):
         chosen = pick(output.logits[:, -1])
         for row, token in enumerate(chosen.tolist()):
             written[row].append(token)
-        done |= torch.isin(chosen, ends)
+        done |= torch.isin(chosen, stops)
         if bool(done.all()) or count + 1 == max_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(len(encoded), 1)], 1)
@@ -146,7 +158,7 @@ def _decoder(
 
 
 def _encoder_decoder(
-    adapted: Adapted, encoded: list[list[int]], max_tokens: int, pick: _Picker, device: torch.device
+    adapted: Adapted, encoded: list[list[int]], max_tokens: int, pick: _Picker, ends: list[int]
 ) -> list[list[int]]:
     """Encode once, then decode one token at a time."""
     tokenizer, model, longest = adapted.loaded.tokenizer, adapted.model, max(len(ids) for ids in encoded)
@@ -154,12 +166,13 @@ def _encoder_decoder(
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(encoded):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    device = adapted.device
     ids, mask = ids.to(device), mask.to(device)
     hidden = model.get_encoder()(input_ids=ids, attention_mask=mask)
     start = model.config.decoder_start_token_id
     token = torch.full((len(encoded), 1), tokenizer.pad_token_id if start is None else start, device=device)
     cache, written = None, [[] for _ in encoded]
-    done, ends = torch.zeros(len(encoded), dtype=torch.bool, device=device), torch.tensor(_ends(adapted), device=device)
+    done, stops = torch.zeros(len(encoded), dtype=torch.bool, device=device), torch.tensor(ends, device=device)
     for _ in range(max_tokens):
         output = model(
             encoder_outputs=hidden, attention_mask=mask, decoder_input_ids=token, use_cache=True, **adapted.cache(cache)
@@ -167,7 +180,7 @@ def _encoder_decoder(
         chosen = pick(output.logits[:, -1])
         for row, found in enumerate(chosen.tolist()):
             written[row].append(found)
-        done |= torch.isin(chosen, ends)
+        done |= torch.isin(chosen, stops)
         if bool(done.all()):
             break
         token, cache = chosen.unsqueeze(1), _cache(output)
@@ -180,11 +193,12 @@ def _cache(output: Any) -> Any:
     return found["cache"] if "cache" in found else found["past_key_values"]
 
 
-def _ends(adapted: Adapted) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those that the model's generation settings add."""
+def _ends(adapted: Adapted, chat: Template | None) -> list[int]:
+    """The tokens that end a text: the tokenizer's, those of the model's generation settings, a chat turn's end."""
     settings = getattr(adapted.model, "generation_config", None)
     added = getattr(settings, "eos_token_id", None)
-    every = [adapted.loaded.tokenizer.eos_token_id, *(added if isinstance(added, list) else [added])]
+    turn = None if chat is None else chat.turn_end
+    every = [adapted.loaded.tokenizer.eos_token_id, turn, *(added if isinstance(added, list) else [added])]
     return sorted({token for token in every if token is not None})
 
 

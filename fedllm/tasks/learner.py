@@ -23,7 +23,7 @@ from fedllm.tasks.decode import context, continue_prompts
 from fedllm.tasks.head import Head
 from fedllm.tasks.masked import MaskedLM
 from fedllm.tasks.settings import TaskSettings
-from fedllm.tasks.task import IGNORE, TASKS, Seen, Task, seen
+from fedllm.tasks.task import IGNORE, TASKS, CausalLM, Seen, Task, seen
 
 KINDS: dict[str, type[Task]] = {**TASKS, MaskedLM.kind: MaskedLM}
 """Every task of a transformer by its kind."""
@@ -82,11 +82,11 @@ class TransformerLearner:
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
         self.adapted = Adapted(loaded, adapter, seed)
         self.notes = list(loaded.notes)
-        self.task = KINDS[task.kind](self._fitting(task), loaded.tokenizer, labels)
+        self._both_ways = is_encoder_decoder(loaded.model)
         self.texts = _text_metrics(task)
+        self.task = KINDS[task.kind](self._fitting(task), loaded.tokenizer, labels)
         self.score_names = (*self.task.score_names, *(metric.name for metric in self.texts))
         self.width_limit = self.adapted.width_limit
-        self._both_ways = is_encoder_decoder(loaded.model)
         self._halves: dict[tuple[int, int | None], Halves] = {}
         self.head = Head(self.adapted, self._both_ways, len(self.tokenizer) if self.task.per_token else None)
         self.notes += self.head.notes
@@ -195,9 +195,10 @@ class TransformerLearner:
         if self._both_ways:
             prompt = self.tokenizer.decode(ids, skip_special_tokens=True)
             return prompt, self.tokenizer.decode(labels, skip_special_tokens=True).strip()
-        unlabelled = torch.nonzero(labels == IGNORE).flatten()
-        start = int(unlabelled[-1]) + 1 if len(unlabelled) else 1
-        answer = self.tokenizer.decode(labels[start:], skip_special_tokens=True).strip()
+        end = int(torch.nonzero(labels != IGNORE)[-1]) + 1  # a template may write unlabelled tokens behind the answer
+        before = torch.nonzero(labels[:end] == IGNORE).flatten()
+        start = int(before[-1]) + 1 if len(before) else 1
+        answer = self.tokenizer.decode(labels[start:end], skip_special_tokens=True).strip()
         return self.tokenizer.decode(ids[:start]), answer
 
     def values(self, counts: Mapping[str, float]) -> dict[str, float | None]:
@@ -208,7 +209,8 @@ class TransformerLearner:
         self, prompts: Sequence[Sequence[str]], max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[list[str]]:
         """Continue prompts, client after client; greedy where temperature is 0."""
-        return continue_prompts(self.adapted, prompts, max_tokens, temperature, seeds)
+        template = self.task.template if isinstance(self.task, CausalLM) else None
+        return continue_prompts(self.adapted, prompts, max_tokens, temperature, seeds, template)
 
     def split(self, first: int, last: int | None) -> Halves:
         """Cut the model for split learning: layers first..last-1 are the server's; see :mod:`fedllm.core.split`."""
@@ -249,6 +251,8 @@ class TransformerLearner:
     def _fitting(self, task: TaskSettings) -> TaskSettings:
         """`task` with texts no longer than the model reads, and a note where that changes it."""
         limit = context(self.adapted)
+        if limit is not None and task.generate:
+            self._check_room(task, limit)
         if limit is None or task.max_length <= limit:
             return task
         self.notes.append(
@@ -256,6 +260,18 @@ class TransformerLearner:
             f"task.max_length={task.max_length}."
         )
         return task.model_copy(update={"max_length": limit})
+
+    def _check_room(self, task: TaskSettings, limit: int) -> None:
+        """Raise :class:`ConfigError` where the longest prompt and what is written do not fit: it would end the run."""
+        prompt = 0 if self._both_ways else min(task.max_length, limit)  # an encoder's prompt takes no place of the text
+        if prompt + task.generate <= limit:
+            return
+        room = limit - task.generate
+        raise ConfigError(
+            f"task.max_length={task.max_length} and task.generate={task.generate} were given.",
+            f"{self.loaded.name} reads {limit} tokens at most with this adapter.",
+            action=f"Set task.max_length={room} or less." if room >= 8 else "Lower task.generate.",
+        )
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -350,6 +366,13 @@ def _text_metrics(task: TaskSettings) -> list[Metric]:
             f"task.generate={task.generate} has no meaning for task.kind={task.kind}.",
             "Text is written by causal-lm and seq2seq.",
             action="Set task.generate=0.",
+        )
+    if task.kind == "causal-lm" and task.loss_on == "all":
+        raise ConfigError(
+            f"task.generate={task.generate} and task.loss_on=all were given.",
+            "Text is held to the answer, and loss_on=all does not tell it from its prompt. Allowed: response.",
+            "response",
+            "Set task.loss_on=response, or task.generate=0.",
         )
     kinds: dict[str, type[Metric]] = {kind.name: kind for kind in (RougeL, TokenF1, LastNumber)}
     return [kinds[name]() for name in task.text_metrics]

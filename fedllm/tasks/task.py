@@ -149,7 +149,12 @@ class CausalLM(Task):
         return Example(tensors, torch.tensor(labels), len(ids), targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """Rows as examples; with `task.pack` blocks of exactly max_length tokens, the rest behind the last one."""
+        """Rows as examples; with `task.pack` blocks of exactly max_length tokens, the rest behind the last one.
+
+        Raises:
+            DataError: the rows do not fit the task, or are conversations in which no assistant speaks.
+        """
+        rows = self._answered(rows)
         if not self.settings.pack:
             return super().prepare(rows)
         if len(rows):
@@ -161,6 +166,28 @@ class CausalLM(Task):
             if targets := int((labels[1:] != IGNORE).sum()):
                 found.append(Example({"input_ids": ids}, labels, len(ids), targets))
         return found
+
+    def _answered(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows without conversations that have nothing to learn from; without an answer all text would count."""
+        kept, others = [], set()
+        for row in rows:
+            if "messages" not in row or self.kind != "causal-lm":
+                kept.append(row)
+            elif row["messages"] is None:
+                self._drop("the conversation is empty")
+            elif self.settings.loss_on == "all" or "assistant" in (roles := self.template.roles(row)):
+                kept.append(row)
+            else:
+                self._drop("no message has the role assistant")
+                others.update(roles)
+        if others and not kept:
+            raise DataError(
+                f"No conversation has a message with the role assistant. Roles found: {', '.join(sorted(others))}.",
+                "The answers to learn from have the role assistant.",
+                nearest("assistant", others),
+                "Rename the role of the answers to assistant, or set task.loss_on=all to learn from all text.",
+            )
+        return kept
 
     def _labelled(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """All tokens of a row and their labels."""
@@ -268,6 +295,9 @@ class TokenClassification(Task):
 
     def example(self, row: Mapping[str, Any]) -> Example | None:
         """Word pieces, with the tag on the first piece of each word."""
+        if row["tokens"] is None or row["tags"] is None:
+            self._drop("the tokens or the tags are empty")
+            return None
         words, tags = list(row["tokens"]), list(row["tags"])
         if len(words) != len(tags):
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ PLAIN = "### Instruction:\n{instruction}\n\n### Response:\n"
 PLAIN_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 BREAK = "\n\n"
 """What stands between the turns of a conversation without a chat template."""
+DATE = "26 Jul 2024"
+"""The date that chat templates are told, so that tokens do not depend on the day; Llama 3.x's own default."""
+SENTINEL = "0answer0"
+"""An answer that no template writes by itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Template:
         name: auto, chat, plain, or a text with {columns} in braces.
         tokenizer: a transformers tokenizer.
         system: a system message for chat templates.
+
+    Chat templates that take a `date_string` (Llama 3.x) are given the fixed :data:`DATE`: tokens are the same on every
+    day. Templates that read the clock whatever they are given still depend on it.
     """
 
     def __init__(self, name: str, tokenizer: Any, system: str | None = None) -> None:
@@ -73,6 +81,42 @@ class Template:
             )
         return self._own(row).rstrip(" ")
 
+    def roles(self, row: Mapping[str, Any]) -> list[str]:
+        """The roles of the column `messages`, turn by turn; raises :class:`DataError` where it is no conversation."""
+        return [message["role"] for message in self._messages(row)]
+
+    def rendered(self, text: str) -> bool:
+        """Whether the chat template wrote this text, start token included: it begins as all its texts begin."""
+        return text.startswith(self._beginnings)
+
+    @functools.cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        """How texts of the chat template begin, with and without a system message."""
+        if self.name != "chat":
+            return ()
+        first, second = ([{"role": "user", "content": text}] for text in "ab")
+        system = [{"role": "system", "content": text} for text in "ab"]
+        pairs = ((first, second), ([system[0], *first], [system[1], *first]))
+        found = {_shared_start(self._tried(left, True), self._tried(right, True)) for left, right in pairs}
+        return tuple(sorted(found - {""}))
+
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The first special token that the chat template writes behind an answer; None where there is none.
+
+        The end-of-sequence token of a base model is often another.
+        """
+        if self.name != "chat":
+            return None
+        text = self._tried([{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}], False)
+        _, answer, behind = text.rpartition(SENTINEL)
+        if not answer:
+            return None
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {*self.tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+        return next((token for token in ids if token in special), None)
+
     def render(self, row: Mapping[str, Any]) -> Rendered:
         """Prompt and answer as one text with the answer's place in it."""
         if "messages" in row:
@@ -100,7 +144,8 @@ class Template:
 
     def _conversation(self, messages: list[dict[str, str]]) -> Rendered:
         if self.name != "chat":
-            text, answers = _plain_conversation(messages)
+            answered = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            text, answers = _plain_conversation(messages[: answered[-1] + 1] if answered else messages)
             return Rendered(text.removesuffix(BREAK), tuple(answers), True)
         text, answers = self._chat(messages, False), []
         for number, message in enumerate(messages):
@@ -108,19 +153,36 @@ class Template:
                 continue
             before, upto = self._chat(messages[:number], True), self._chat(messages[: number + 1], False)
             if not upto.startswith(before) or not text.startswith(before):
-                raise ConfigError(
-                    "The tokenizer's chat template does not keep earlier turns as they were, so the answer cannot be "
-                    "found in the text.",
-                    action="Set task.template=plain.",
-                )
-            upto = self._without_break(_shared_start(upto, text))
-            answers.append((len(before), len(upto)))
+                raise _not_kept()
+            answers.append(self._answer(text, before, upto, message["content"].strip()))
         return Rendered(text, tuple(answers), False)
+
+    def _answer(self, text: str, before: str, upto: str, content: str) -> tuple[int, int]:
+        """The range of an answer in `text`; `before` ends where its turn opens, `upto` is all with it as the last turn.
+
+        Some templates (Qwen3) open the last turn with a block for thoughts, and earlier ones without.
+        """
+        kept = _shared_start(upto, text)
+        if kept == upto or content in kept[len(before) :]:
+            return len(before), len(self._without_break(kept))
+        start = len(text) - len(text[len(before) :].lstrip())
+        if not text.startswith(content, start) or content not in upto[len(before) :]:
+            raise _not_kept()
+        end = start + len(content)
+        behind = _shared_start(upto[upto.rindex(content) + len(content) :], text[end:])
+        return len(before), len(self._without_break(text[:end] + behind))
 
     def _without_break(self, text: str) -> str:
         """`text` without the white space behind its last end token: generation stops at that token."""
         end, shorter = self.tokenizer.eos_token, text.rstrip()
         return shorter if end and shorter.endswith(end) else text
+
+    def _tried(self, messages: list[dict[str, str]], open_answer: bool) -> str:
+        """A conversation that a template may refuse (some know no system message); "" where it does."""
+        try:
+            return self._chat(messages, open_answer)
+        except Exception:  # templates raise what they like
+            return ""
 
     def _chat(self, messages: list[dict[str, str]], open_answer: bool) -> str:
         from jinja2 import TemplateError
@@ -129,13 +191,21 @@ class Template:
         system = [{"role": "system", "content": self.system}] if self.system and not own else []
         try:
             return self.tokenizer.apply_chat_template(
-                [*system, *messages], tokenize=False, add_generation_prompt=open_answer
+                [*system, *messages], tokenize=False, add_generation_prompt=open_answer, date_string=DATE
             )
         except TemplateError as fault:
             raise DataError(
                 f"The tokenizer's chat template refuses a conversation of {len(messages)} messages: {fault}.",
                 action="Look at the roles in the column 'messages', or set task.template=plain.",
             ) from fault
+
+
+def _not_kept() -> ConfigError:
+    return ConfigError(
+        "The tokenizer's chat template does not keep earlier turns as they were, so the answer cannot be found in the "
+        "text.",
+        action="Set task.template=plain.",
+    )
 
 
 def _shared_start(left: str, right: str) -> str:

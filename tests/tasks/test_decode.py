@@ -16,6 +16,7 @@ from fedllm.models.adapters.attach import Adapted
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
 from fedllm.tasks.decode import _Picker, continue_prompts
+from fedllm.tasks.template import Template
 
 PROMPTS = ("the film", "no", "every client trains it at home, and the server adds up", "0 1 2 3 4 🙂", "a")
 FAMILIES = ["llama", "gpt2", "qwen", "t5"]
@@ -146,6 +147,20 @@ def test_writing_stops_at_every_end_token_of_the_generation_settings():
     finally:
         settings.eos_token_id = before  # type: ignore[union-attr]
     assert found == tokenizer.decode(tokens[:place])  # type: ignore[union-attr]
+
+
+def test_writing_stops_at_the_end_of_a_chat_turn():
+    adapted, tree = ready("llama")
+    tokenizer: Any = adapted.loaded.tokenizer
+    plain = merged(adapted, tree)
+    prompt = tokenizer(PROMPTS[:1], return_tensors="pt")
+    tokens = plain.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+    place = next(place for place in range(2, 12) if tokens[place] not in tokens[:place])
+    template = Template("plain", tokenizer)
+    template.turn_end = tokens[place]
+    with adapted.using({name: tensor.unsqueeze(0) for name, tensor in tree.items()}):
+        found = continue_prompts(adapted, [PROMPTS[:1]], 12, 0.0, [0], template)[0][0]
+    assert found == tokenizer.decode(tokens[:place])
 
 
 def test_the_start_and_end_tokens_of_a_prompt():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedllm.core.errors import ConfigError
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Example, Fit, Score
@@ -307,3 +308,68 @@ def test_text_metrics_measure_what_is_written(family: str, kind: str) -> None:
     assert [after.values[name] for name in names] == [1.0, 1.0, 1.0]
     assert before.values["rouge_l"] < 0.5
     assert set(names) <= set(learner.score_names)
+
+
+# --- prompts and what is written ---------------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "user", "content": "one?"}, {"role": "assistant", "content": "eins"},
+    {"role": "user", "content": "two?"}, {"role": "assistant", "content": "zwei"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [{"instruction": "two?", "response": "zwei"}, {"messages": TURNS}])
+def test_a_prompt_ends_before_the_last_answer_whatever_stands_behind_it(row: dict[str, Any]) -> None:
+    learner = make("qwen", "causal-lm", chat=CHATML, template="chat", max_length=200)
+    (example,) = learner.prepare([row])
+    assert example.labels[-1] == IGNORE, "the template's line break is not part of the answer"
+    prompt, answer = learner._prompt_and_answer(example)
+    assert (prompt, answer) == (learner.task.template.prompt(row), "zwei")  # type: ignore[attr-defined]
+
+
+def test_a_prompt_cut_off_in_a_question_is_that_of_the_answer_before() -> None:
+    whole = make("qwen", "causal-lm", chat=CHATML, template="chat", max_length=200)
+    length = len(whole.tokenizer(whole.task.template.prompt({"messages": TURNS}))["input_ids"])  # type: ignore
+    learner = make("qwen", "causal-lm", chat=CHATML, template="chat", max_length=length - 3)
+    (example,) = learner.prepare([{"messages": TURNS}])
+    prompt, answer = learner._prompt_and_answer(example)
+    assert answer == "eins" and prompt.endswith("one?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_text_is_not_written_where_all_text_counts() -> None:
+    with pytest.raises(ConfigError, match=r"loss_on=all.*Set task\.loss_on=response"):
+        make("llama", "causal-lm", generate=4, loss_on="all")
+    make("llama", "causal-lm", loss_on="all")
+    make("t5", "seq2seq", generate=4, loss_on="all")
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_prompts_that_leave_no_room_for_text_are_refused_before_the_run(kind: str) -> None:
+    room = 256 - 6 - (3 if kind == "prompt" else 0)
+    make("gpt2", "causal-lm", kind, max_length=room, generate=6)
+    with pytest.raises(ConfigError, match=rf"Set task\.max_length={room} or less"):
+        make("gpt2", "causal-lm", kind, max_length=room + 1, generate=6)
+    with pytest.raises(ConfigError, match=r"Lower task\.generate"):
+        make("gpt2", "causal-lm", kind, max_length=64, generate=300)
+    with pytest.raises(ConfigError, match="has no meaning"):
+        make("bert", "sequence-classification", max_length=256, generate=6)
+    make("t5", "seq2seq", max_length=400, generate=6)
+
+
+def test_chat_prompts_are_the_tokens_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedllm.tasks import decode
+
+    learner = make("llama", "causal-lm", chat=CHATML, template="chat", max_length=200)
+    asked: list[list[list[int]]] = []
+
+    def record(adapted: Any, encoded: list[list[int]], *_: Any) -> list[list[int]]:
+        asked.append(encoded)
+        return [[] for _ in encoded]
+
+    monkeypatch.setattr(decode, "_decoder", record)
+    (example,) = learner.prepare([{"messages": TURNS}])
+    prompt, _ = learner._prompt_and_answer(example)
+    learner.generate([[prompt, "one?"]], 4, 0.0, [0])
+    chat, text = asked[0]
+    assert chat == example.inputs["input_ids"][: len(chat)].tolist() and learner.tokenizer.bos_token_id not in chat
+    assert text[0] == learner.tokenizer.bos_token_id, "text that no template wrote keeps its start token"

@@ -330,3 +330,56 @@ def test_packing_is_refused_where_samples_have_bounds() -> None:
         SequenceClassification(
             TaskSettings(kind="sequence-classification", pack=True), toy_tokenizer("bert"), ["a", "b"]
         )
+
+
+# --- conversations without an answer -----------------------------------------------------------------------------
+
+
+def talk(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+ANSWERED = talk(("user", "one?"), ("assistant", "eins"))
+
+
+@pytest.mark.parametrize("chat", [None, CHATML])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("role", ["gpt", "bot", "model", "Assistant"])
+def test_conversations_in_which_no_assistant_speaks_are_refused(chat: str | None, pack: bool, role: str) -> None:
+    task = make("causal-lm", chat=chat, pack=pack)
+    rows = [talk(("user", "one?"), (role, "eins")), talk(("user", "two?"))]
+    with pytest.raises(DataError, match=f"Roles found: .*{role}.*loss_on=all") as caught:
+        task.prepare(rows)
+    if role == "Assistant":
+        assert caught.value.nearest == "Assistant"
+    assert task.prepare([]) == []
+
+
+@pytest.mark.parametrize("chat", [None, CHATML])
+def test_a_conversation_without_an_assistant_among_others_is_dropped_and_counted(chat: str | None) -> None:
+    task = make("causal-lm", chat=chat)
+    (example,) = task.prepare([talk(("user", "one?")), ANSWERED, {"messages": []}, {"messages": None}])
+    assert labelled(task, example) == "eins</s>"
+    assert task.dropped == {"no message has the role assistant": 2, "the conversation is empty": 1}
+    everything = make("causal-lm", chat=chat, loss_on="all")
+    assert len(everything.prepare([talk(("user", "one?"))])) == 1, "all text was asked for"
+
+
+def test_null_conversations_alone_are_no_mistake_of_roles() -> None:
+    task = make("causal-lm")
+    assert task.prepare([{"messages": None}]) == [] and task.dropped == {"the conversation is empty": 1}
+
+
+def test_no_end_is_taught_behind_a_question_that_waits_for_its_answer() -> None:
+    task = make("causal-lm", template="plain")
+    row = talk(("user", "one?"), ("assistant", "eins"), ("user", "two?"))
+    example = only(task, row)
+    assert labelled(task, example) == "eins</s>"
+    assert example.inputs["input_ids"].tolist() == only(task, ANSWERED).inputs["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("row", [{"tokens": None, "tags": ["O"]}, {"tokens": ["a"], "tags": None}])
+def test_null_tokens_or_tags_are_dropped_and_counted(row: dict[str, Any]) -> None:
+    task = make("token-classification", "bert", ["O"])
+    assert len(task.prepare([row, {"tokens": ["a"], "tags": ["O"]}])) == 1
+    assert task.dropped == {"the tokens or the tags are empty": 1}

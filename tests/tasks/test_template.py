@@ -184,3 +184,67 @@ def test_none_is_an_empty_text():
     template = Template("plain", tokenizer())
     assert answers(template, {"instruction": None, "response": None}) == [""]
     assert answers(template, {"messages": [{"role": "assistant", "content": None}]}) == [""]
+
+
+# --- templates that treat the last turn differently --------------------------------------------------------------
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Qwen3's manner: the last answer begins with a block for thoughts, earlier ones do not."""
+
+
+@pytest.mark.parametrize("first", ["eins", "<b>", "two?", " eins "])
+def test_a_last_turn_that_begins_differently_leaves_earlier_answers_their_labels(first: str) -> None:
+    row = {"messages": [*TALK[:2], {"role": "assistant", "content": first}, *TALK[3:]]}
+    found = answers(Template("chat", tokenizer(THINKING)), row)
+    assert found == [f"{first}</s>", "<think>\n\n</think>\n\nzwei 🙂</s>"]
+
+
+def test_an_earlier_answer_that_the_template_leaves_out_is_refused() -> None:
+    forgetting = THINKING.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else '-' }}")
+    with pytest.raises(ConfigError, match="does not keep earlier turns"):
+        Template("chat", tokenizer(forgetting)).render({"messages": TALK})
+
+
+def test_a_template_that_writes_its_last_answer_in_its_own_way_is_labelled_whole() -> None:
+    upper = THINKING.replace("{{ m.content }}", "{{ m.content | upper }}")
+    assert answers(Template("chat", tokenizer(upper)), {"messages": TALK[:3]}) == ["<think>\n\n</think>\n\nEINS</s>"]
+
+
+def test_the_tokens_of_a_template_with_a_date_do_not_depend_on_the_day() -> None:
+    dated = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "Today: {{ date_string }}\n"
+    ) + CHATML
+    assert Template("chat", tokenizer(dated)).render({"messages": TALK}).text.startswith("Today: 26 Jul 2024\n")
+
+
+# --- what the chat template writes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_texts_of_the_chat_template_are_known_from_others(system: str | None) -> None:
+    template = Template("chat", tokenizer(CHATML), system)
+    rows = [{"instruction": "one?"}, {"messages": TALK[:4]}, {"messages": TALK[1:4]}]
+    assert all(template.rendered(template.prompt(row)) for row in rows)
+    assert not template.rendered("one?") and not Template("plain", tokenizer()).rendered("one?")
+    picky = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + CHATML
+    assert Template("chat", tokenizer(picky)).rendered("<|im_start|>user\none?")
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert not Template("chat", tokenizer(bare)).rendered("one?"), "nothing tells its texts from others"
+
+
+def test_the_end_of_a_turn_is_the_first_special_token_behind_an_answer() -> None:
+    other = CHATML.replace("{{ eos_token }}", "<unk>")
+    found = tokenizer(other)
+    assert Template("chat", found).turn_end == found.unk_token_id != found.eos_token_id
+    assert Template("chat", tokenizer(CHATML)).turn_end == found.eos_token_id
+    assert Template("chat", tokenizer(CHATML.replace("{{ eos_token }}", ""))).turn_end is None
+    assert Template("plain", tokenizer()).turn_end is None
+    changing = CHATML.replace("message.content", "message.content | upper").replace("<|im_start|>", "<s>")
+    assert Template("chat", tokenizer(changing)).turn_end is None, "the answer is not found"
+    assert Template("chat", tokenizer("{{ raise_exception('no') }}")).turn_end is None
