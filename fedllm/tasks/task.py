@@ -17,6 +17,8 @@ from fedllm.tasks.template import Template, field
 
 IGNORE = -100
 """The label of a position that does not count."""
+ASKING = {"user", "system", "tool"}
+"""Roles of a conversation that nobody learns to answer as."""
 
 
 class Seen(NamedTuple):
@@ -180,7 +182,7 @@ class CausalLM(Task):
             else:
                 self._drop("no message has the role assistant")
                 others.update(roles)
-        if others and not kept:
+        if others - ASKING and not kept:  # rows of questions alone may be followed by others
             raise DataError(
                 f"No conversation has a message with the role assistant. Roles found: {', '.join(sorted(others))}.",
                 "The answers to learn from have the role assistant.",

@@ -353,6 +353,7 @@ def test_conversations_in_which_no_assistant_speaks_are_refused(chat: str | None
     if role == "Assistant":
         assert caught.value.nearest == "Assistant"
     assert task.prepare([]) == []
+    assert task.prepare([talk(("system", "be brief"), ("user", "two?"))]) == []  # others may follow, as a probe sees
 
 
 @pytest.mark.parametrize("chat", [None, CHATML])
