@@ -41,7 +41,8 @@ class TaskSettings(BaseModel):
     loss_on: Literal["response", "all"] = "response"
     """Which tokens count in the loss of a causal language model."""
     generate: int = Field(0, ge=0)
-    """New tokens to write for each held-out prompt, for `text_metrics`; 0 writes nothing (exact_match needs none)."""
+    """New tokens to write for each held-out prompt, for `text_metrics`; 0 writes nothing (exact_match needs none). It
+    needs `loss_on=response`, and `max_length + generate` has to fit into the model."""
     text_metrics: list[Literal["rouge_l", "token_f1", "last_number"]] = ["rouge_l", "token_f1"]
     """What is measured on written text; rouge_l needs the extra `rouge`, last_number a number in every answer."""
     labels: list[str] | None = None
