@@ -95,9 +95,8 @@ def compare(
         seeded = settled.model_copy(update={"seed": settled.seed + number})
         ground = prepare(seeded, data)
         metric = headline(ground)
+        guards = {key: _guard(ground, key) for key in methods}  # what cannot be is refused before anything is trained
         if number == 0:
-            for key in methods:  # what cannot go with the recipe's modes is refused before anything is trained
-                _guard(ground, key)
             same_ground(place, ground)
             place.write_json("environment.json", environment(ground))
             watch.begin(seeded, ground, place.path)
@@ -110,7 +109,7 @@ def compare(
             own, first = ground, method_of(seeded)
             if method.public > first.public or method.adapter() != first.adapter():  # it needs a ground of its own
                 own = prepare(seeded.model_copy(update={"method": {"name": key}}), data)
-            leg = Leg(name, method, own, place, watch, debug, _guard(ground, key))
+            leg = Leg(name, method, own, place, watch, debug, guards[key])
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
             meter = leg.server.meter
