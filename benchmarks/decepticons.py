@@ -53,7 +53,8 @@ def recipe(place: Path, **given: Any) -> dict[str, Any]:
         "train": {"steps": 1, "batch_size": 64, "optimizer": "sgd", "lr": 1.0, "clip_norm": None},
         "evaluation": {"against": [], "clients": 3},
         "methods": {"decepticons": {"rows": ROWS, "victims": 3}, "prune": {"share": 0.9},
-                    "local-noise": {"bound": 1.0, "sd": 1e-3, "noise_key": "seed"}, "secure": {"clip": 1000.0, "precision": 28}},
+                    "local-noise": {"bound": 1.0, "sd": 1e-3, "noise_key": "seed"},
+                    "secure": {"clip": 1000.0, "precision": 28}},
         **given,
     }  # fmt: skip
 
