@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, MissingExtra, ModelError, nearest
+from fedllm.core.tensors import finite
 from fedllm.models import footprint, structure, toy
 from fedllm.models.images import ImageReader, reader_of
 from fedllm.models.settings import Kind, ModelSettings
@@ -536,7 +537,7 @@ def fingerprint(model: torch.nn.Module, exclude: Collection[str] = (), stamp: tu
     for name, tensor in sorted(model.state_dict().items()):
         if name in exclude or not isinstance(tensor, torch.Tensor):
             continue
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if finite({name: tensor}) is not None:
             raise ModelError(
                 f"The weight '{name}' of the model holds numbers that are not finite.",
                 action="Download the model again, or choose another `dtype`.",

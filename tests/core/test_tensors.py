@@ -128,3 +128,14 @@ def test_finite_names_the_first_that_is_not(value: float, dtype: torch.dtype) ->
     good = {"a": torch.ones(2), "n": torch.tensor([1]), "e": torch.zeros(0), "b": torch.tensor([True])}
     assert finite(good) is None
     assert finite({**good, "x": torch.tensor([0.0, value]).to(dtype), "y": torch.tensor([value])}) == "x"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_sum_that_overflows_is_finite_all_the_same(dtype: torch.dtype) -> None:
+    largest = torch.full((1000,), torch.finfo(dtype).max).to(dtype)
+    assert finite({"a": largest}) is None
+    assert finite({"a": torch.full((3,), float("nan")).to(dtype)}) == "a"
+
+
+def test_infinities_that_cancel_are_found() -> None:
+    assert finite({"a": torch.tensor([float("inf"), 1.0, -float("inf")])}) == "a"

@@ -21,7 +21,7 @@ import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
@@ -430,7 +430,7 @@ class _Trip:
         self.takers: dict[str, Callable[[], None]] = {}
         self.replied: dict[str, Reply] = {}
         self.given: set[str] = set()
-        self._digests: dict[bytes, Digest] = {}
+        self._digests: dict[int, Digest] = {}
 
     async def replies(self) -> AsyncGenerator[Reply, None]:
         """One reply for every request."""
@@ -467,8 +467,14 @@ class _Trip:
         orders = self.engine.orders.of(site)
         about = [{**_of(request), "payload": self._digest(request.body)} for request in asked]
         entries = self.engine.sites.notes("send", about)
-        letter = _letter(self.engine.leg, asked, orders, left, entries, self.engine.sites.mark)
-        letter = replace(letter, known=[self._digest(blob).sha256 for blob in letter.blobs])
+        requests = list[dict[str, Any]]()
+        bodies = dict[str, tuple[int, bytes]]()  # one that several clients receive is in the letter once
+        for request, entry in zip(asked, entries, strict=True):
+            place, _ = bodies.setdefault(self._digest(request.body).sha256, (len(bodies), request.body))
+            requests.append({**_named(request), "body": place, "audit": entry})
+        meta = {"op": "ask", "leg": self.engine.leg, "orders": orders, "deadline": left, "requests": requests}
+        meta["checkpoint"] = self.engine.sites.mark
+        letter = Letter(meta, [body for _, body in bodies.values()], list(bodies))
 
         def done(answer: Letter | str) -> None:
             if not loop.is_closed():
@@ -553,10 +559,10 @@ class _Trip:
         self.engine.sites.notes("lost", gone)
 
     def _digest(self, body: bytes) -> Digest:
-        """Of a request's body; that which many clients receive is hashed once."""
-        if body not in self._digests:
-            self._digests[body] = Digest.of(body)
-        return self._digests[body]
+        """Of a request's body; that which many clients receive is hashed once. The lot holds the bodies."""
+        if id(body) not in self._digests:
+            self._digests[id(body)] = Digest.of(body)
+        return self._digests[id(body)]
 
     def _fail(self, site: str, reason: str, undo: bool) -> None:
         """No answer for the requests of a site that have none yet."""
@@ -575,34 +581,12 @@ def _lot(waiting: Iterator[Request]) -> list[Request]:
     size = 0
     for request in waiting:
         found.append(request)
-        mark = hash(request.body)
-        if mark not in seen:
-            seen.add(mark)
+        if id(request.body) not in seen:
+            seen.add(id(request.body))
             size += len(request.body)
         if len(found) == LOT or size >= LOT_BYTES:
             break
     return found
-
-
-def _letter(
-    leg: str,
-    asked: Sequence[Request],
-    orders: Sequence[dict[str, Any]],
-    left: float | None,
-    entries: Sequence[str | None],
-    mark: dict[str, Any] | None,
-) -> Letter:
-    """The requests of one site; a body that several clients receive is in it once."""
-    blobs: list[bytes] = []
-    places: dict[bytes, int] = {}
-    facts: list[dict[str, Any]] = []
-    for request, entry in zip(asked, entries, strict=True):
-        if request.body not in places:
-            places[request.body] = len(blobs)
-            blobs.append(request.body)
-        facts.append({**_named(request), "body": places[request.body], "audit": entry})
-    about = {"op": "ask", "leg": leg, "orders": orders, "deadline": left, "checkpoint": mark}
-    return Letter({**about, "requests": facts}, blobs)
 
 
 def _of(request: Request) -> dict[str, Any]:
