@@ -32,13 +32,15 @@ from fedllm.core.errors import RunError
 from fedllm.core.message import Received
 from fedllm.core.roster import ALL
 from fedllm.core.server import Server
-from fedllm.engine.nvflare import ground
+from fedllm.engine.nvflare import ground, pieces
 from fedllm.engine.nvflare.engine import FlareEngine, Sites
 from fedllm.engine.nvflare.gate import FEDERATED
-from fedllm.engine.nvflare.parts import PART, Letter
+from fedllm.engine.nvflare.parts import Letter
 from fedllm.engine.nvflare.record import FILE, Record
 from fedllm.engine.nvflare.server import FlarePost, unpack
 
+PART = 32 * 2**20
+"""Bytes of one array, through FLARE alone."""
 TENSOR = 1_000_000
 """Numbers in one tensor of a payload."""
 LONGEST = 600
@@ -72,6 +74,7 @@ class Measure(Controller):
     def __init__(self, config: str, steps: str, found: str) -> None:
         super().__init__()
         numpy_decomposers.register()
+        pieces.register()
         self.job, self.found = unpack(config), Path(found)
         lines = Path(steps).read_text(encoding="utf-8").splitlines()
         self.steps = [Step(**json.loads(line)) for line in lines]
@@ -128,7 +131,7 @@ class Measure(Controller):
                     raise RunError(f"{site}: {answer if isinstance(answer, str) else answer.meta['reason']}")
 
     def _alone(self, step: Step, payload: dict[str, torch.Tensor], fl_ctx: FLContext, abort_signal: Signal) -> int:
-        """One broadcast of FLARE's, with arrays of as many bytes as a part of a letter; gives the bytes of answers."""
+        """One broadcast of FLARE's, with arrays of 32 MiB; gives the bytes of answers."""
         came: list[int] = []
 
         def received(client_task: Any, fl_ctx: FLContext) -> None:

@@ -6,6 +6,7 @@ as a few lines on stderr and an exit code; `--debug`, anywhere on the line, show
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -22,6 +23,15 @@ CRASHED = 70
 PIPE_CLOSED = 1
 """Exit code where the reader of a pipe went away, as typer has it."""
 _UsageError: Any = typer.BadParameter.__base__
+NO_DISK = 8
+"""Exit code where a disk does not take or give a file: that of a run that cannot go on."""
+DISK = {
+    errno.ENOSPC: ("The disk is full", "Make room, then run the command again."),
+    errno.EDQUOT: ("The disk quota is used up", "Make room, then run the command again."),
+    errno.EROFS: ("The disk can only be read", "Choose another folder."),
+    errno.EACCES: ("Not allowed to open or write this", "Choose another folder, or have its owner allow it."),
+}
+"""What the system says of disks that a person can do something about, and what."""
 
 
 class Commands(TyperGroup):
@@ -97,6 +107,10 @@ def show_fault(fault: Any, debug: bool = False) -> int:
         near = f"Did you mean '{fault.nearest}'?" if fault.nearest else ""
         screen.fail(fault.given, [part for part in (fault.allowed, near, fault.action) if part])
         return fault.exit_code
+    if isinstance(fault, OSError) and fault.errno in DISK:
+        given, action = DISK[fault.errno]
+        screen.fail(f"{given}: {fault.filename}." if fault.filename else f"{given}.", [action])
+        return NO_DISK
     text = " ".join(str(fault).split())
     name = type(fault).__name__
     screen.fail(f"{name}: {text}" if text else name, [] if debug else ["Run again with --debug to see where."])

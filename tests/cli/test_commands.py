@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -116,6 +118,22 @@ def test_an_unexpected_exception_is_one_line_and_70(monkeypatch):
         "  Run again with --debug to see where.",
     ]
     assert "Traceback" in invoke("recipes", "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, ["Error: The disk is full: kit/site.json.", "  Make room, then run the command again."]),
+        (errno.EROFS, ["Error: The disk can only be read: kit/site.json.", "  Choose another folder."]),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_no_mistake_of_ours(monkeypatch, number, said):
+    def fall(*_, **__):
+        raise OSError(number, os.strerror(number), "kit/site.json")
+
+    monkeypatch.setattr("fedllm.cli.complete.bundled_recipes", fall)
+    result = invoke("recipes")
+    assert (result.exit_code, result.stderr.splitlines()) == (8, said)
 
 
 def test_a_pipe_that_closes_early_is_quiet():

@@ -465,15 +465,15 @@ class _Trip:
             self._fail(site, _late(self.deadline), undo=True)
             return
         orders = self.engine.orders.of(site)
-        about = [{**_of(request), "payload": self._digest(request.body)} for request in asked]
-        entries = self.engine.sites.notes("send", about)
+        noted = [{**_of(request), "payload": self._digest(request.body)} for request in asked]
+        entries = self.engine.sites.notes("send", noted)
         requests = list[dict[str, Any]]()
         bodies = dict[str, tuple[int, bytes]]()  # one that several clients receive is in the letter once
         for request, entry in zip(asked, entries, strict=True):
             place, _ = bodies.setdefault(self._digest(request.body).sha256, (len(bodies), request.body))
             requests.append({**_named(request), "body": place, "audit": entry})
-        meta = {"op": "ask", "leg": self.engine.leg, "orders": orders, "deadline": left, "requests": requests}
-        meta["checkpoint"] = self.engine.sites.mark
+        about = {"op": "ask", "leg": self.engine.leg, "orders": orders, "deadline": left}
+        meta = {**about, "checkpoint": self.engine.sites.mark, "requests": requests}
         letter = Letter(meta, [body for _, body in bodies.values()], list(bodies))
 
         def done(answer: Letter | str) -> None:

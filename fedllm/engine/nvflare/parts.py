@@ -1,8 +1,9 @@
 """Parts - a letter between server and site: facts as JSON and any number of byte strings, checked on arrival.
 
-Small letters travel as one byte string. Larger ones are cut into NumPy arrays of 32 MiB, which FLARE streams singly:
-a gigabyte in one piece makes the server hold ten. Every letter carries its sizes and a SHA-256 of all it holds, made of
-those of its byte strings: audit logs need the same ones, and hashing a payload takes longer than a copy of it.
+Small letters travel as one byte string. Larger ones are cut into pieces of 32 MiB, which FLARE streams singly (see
+:mod:`fedllm.engine.nvflare.pieces`): a gigabyte in one piece makes the server hold ten. Every letter carries its sizes
+and a SHA-256 of all it holds, made of those of its byte strings: audit logs need the same ones, and hashing a payload
+takes longer than a copy of it.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -17,14 +18,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy
-
 from fedllm.core.errors import DecodeError
 
 if TYPE_CHECKING:
     from nvflare.apis.shareable import Shareable
 
-VERSION = 2
+    from fedllm.engine.nvflare.pieces import Piece
+
+VERSION = 3
 """The version of what server and site say to each other; both sides need the same."""
 PART = 32 * 2**20
 """Bytes of one part of a large letter."""
@@ -86,7 +87,7 @@ def from_shareable(shareable: Mapping[str, Any]) -> Letter:
     facts = _facts(shareable.get(_FACTS))
     body = shareable.get(_WHOLE)
     if body is not None and not isinstance(body, bytes):
-        raise DecodeError(f"The body of a letter is a {type(body).__name__}.", "Allowed: bytes, or a list of arrays.")
+        raise DecodeError(f"The body of a letter is a {type(body).__name__}.", "Allowed: bytes, or a list of pieces.")
     pieces = _pieces(shareable.get(_PARTS)) if body is None else [memoryview(body)]
     sizes, came = cast("list[int]", facts["sizes"]), sum(len(piece) for piece in pieces)
     if sum(sizes) != came:
@@ -133,8 +134,8 @@ def _facts(raw: object) -> dict[str, Any]:
     return facts
 
 
-def _cut(blobs: Sequence[bytes]) -> Iterator[numpy.ndarray]:
-    """Byte strings, one behind the other, as arrays of at most `PART` bytes: large ones as they lie."""
+def _cut(blobs: Sequence[bytes]) -> Iterator[Piece]:
+    """Byte strings, one behind the other, in pieces of at most `PART` bytes: large ones as they lie."""
     small, held = list[bytes](), 0
     for blob in blobs:
         if held + len(blob) > PART or len(blob) > INLINE:
@@ -148,19 +149,22 @@ def _cut(blobs: Sequence[bytes]) -> Iterator[numpy.ndarray]:
     yield from _parts(b"".join(small))
 
 
-def _parts(data: bytes) -> Iterator[numpy.ndarray]:
-    whole = numpy.frombuffer(data, numpy.uint8)
-    return (whole[start : start + PART] for start in range(0, len(whole), PART))
+def _parts(data: bytes) -> Iterator[Piece]:
+    from fedllm.engine.nvflare.pieces import Piece
+
+    whole = memoryview(data)
+    return (Piece(whole[start : start + PART]) for start in range(0, len(whole), PART))
 
 
 def _pieces(parts: object) -> list[memoryview]:
     """The parts of a large letter, as they lie in memory."""
+    from fedllm.engine.nvflare.pieces import Piece
+
     if not isinstance(parts, list | tuple):
         raise DecodeError("A letter has no body.")
-    for part in parts:
-        if not isinstance(part, numpy.ndarray) or part.dtype != numpy.uint8 or part.ndim != 1:
-            raise DecodeError("A part of a letter is not a flat array of bytes.")
-    return [numpy.ascontiguousarray(part).data for part in parts]
+    if not all(isinstance(part, Piece) for part in parts):
+        raise DecodeError("A part of a letter is no piece.")
+    return [memoryview(part.data) for part in cast("list[Piece]", parts)]
 
 
 def _shared_out(pieces: Sequence[memoryview], sizes: Sequence[int]) -> list[list[memoryview]]:

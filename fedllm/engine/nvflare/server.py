@@ -22,10 +22,10 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
-from nvflare.app_common.decomposers import numpy_decomposers
 from nvflare.widgets.info_collector import InfoCollector
 
 from fedllm.core.errors import ConfigError, DecodeError, FedLLMError, RunError
+from fedllm.engine.nvflare import pieces
 from fedllm.engine.nvflare.engine import Done
 from fedllm.engine.nvflare.facts import ServerFacts, read_facts
 from fedllm.engine.nvflare.parts import Letter, from_shareable, to_shareable
@@ -69,7 +69,7 @@ class FedllmController(Controller):
 
     def __init__(self, config: str) -> None:
         super().__init__()
-        numpy_decomposers.register()
+        pieces.register()
         self.config = config
         self._folder: Path | None = None
 

@@ -28,6 +28,9 @@ PATIENCE = 60.0
 """Seconds in which the server has to be reached, and all sites with it."""
 ENVIRONMENT = {"NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "20"}
 """Seconds that FLARE's server waits, where a job has ended, for what became of it at a site that is gone."""
+MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 * 2**30)}
+"""Has the C library keep up to 2 GiB that a large letter took, for the next: to get fresh memory of the system takes
+longer than to copy the letter. What a person set is left as it is; without effect outside of glibc."""
 LEFT = 10.0
 """Seconds a process is given to end by itself."""
 
@@ -78,7 +81,7 @@ def start(name: str, kit: Path) -> Participant:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "PATH": path, **ENVIRONMENT},
+            env={**MEMORY, **os.environ, "PATH": path, **ENVIRONMENT},
             start_new_session=True,
         )
     return Participant(name, kit, process)

@@ -15,9 +15,9 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
-from nvflare.app_common.decomposers import numpy_decomposers
 
 from fedllm.core.errors import FedLLMError
+from fedllm.engine.nvflare import pieces
 from fedllm.engine.nvflare.facts import SiteFacts, read_facts
 from fedllm.engine.nvflare.keeper import Keeper
 from fedllm.engine.nvflare.parts import Letter, from_shareable, to_shareable
@@ -33,7 +33,7 @@ class FedllmExecutor(Executor):
 
     def __init__(self) -> None:
         super().__init__()
-        numpy_decomposers.register()
+        pieces.register()
         self._keeper: Keeper | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
