@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,13 +82,17 @@ def to_shareable(letter: Letter) -> Shareable:
     return found
 
 
-def from_shareable(shareable: Mapping[str, Any]) -> Letter:
-    """The letter in what FLARE carried; raises :class:`DecodeError` where it is not whole."""
+def from_shareable(shareable: MutableMapping[str, Any]) -> Letter:
+    """The letter in what FLARE carried, taken out of it: FLARE holds on to that for as long as the letter is answered.
+
+    Raises:
+        DecodeError: the letter is not whole.
+    """
     facts = _facts(shareable.get(_FACTS))
-    body = shareable.get(_WHOLE)
+    body, parts = shareable.pop(_WHOLE, None), shareable.pop(_PARTS, None)
     if body is not None and not isinstance(body, bytes):
         raise DecodeError(f"The body of a letter is a {type(body).__name__}.", "Allowed: bytes, or a list of pieces.")
-    pieces = _pieces(shareable.get(_PARTS)) if body is None else [memoryview(body)]
+    pieces = _pieces(parts) if body is None else [memoryview(body)]
     sizes, came = cast("list[int]", facts["sizes"]), sum(len(piece) for piece in pieces)
     if sum(sizes) != came:
         raise DecodeError(f"A letter of {came} bytes arrived.", f"It says that it has {sum(sizes)}.")
