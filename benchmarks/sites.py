@@ -37,8 +37,8 @@ NOTE = (
     "worker; not in it are a model, steps, sums of uploads and checkpoints. FLARE alone is a broadcast of arrays of "
     "32 MiB to an executor that sends back what it gets, in the same job and turn about, after one exchange of each "
     "that does not count. An idle site of either asks for work every 0.1 s. Seconds are medians (lowest-highest); "
-    "memory is the highest of the server's job process during fedllm's exchanges, in payloads of one site down and "
-    "all sites up."
+    "memory is the highest of the server's job process during one more exchange of fedllm's, before which what was "
+    "free is given back, in payloads of one site down and all sites up."
 )
 SITES = ("site-1", "site-2", "site-3")
 RUN = "exchanges"
@@ -61,11 +61,13 @@ QUICK = (Case(0, 3, 6), Case(20_000_000, 1, 2), Case(20_000_000, 3, 2))
 
 
 def steps(case: Case) -> list[dict[str, Any]]:
-    """The exchanges of a case: one of each way that does not count, if there is more than one, and then in turn."""
+    """The exchanges of a case: one of each way that does not count, if there is more than one, then in turn; and last
+    one of fedllm's whose memory is measured."""
     spare = case.times > 1
-    ways = ("fedllm", "flare")
-    both = [{"way": way, "size": case.size, "sites": SITES[: case.sites]} for way in ways]
-    return both * (case.times + spare)
+    ours, alone, measured = (
+        {"way": way, "size": case.size, "sites": SITES[: case.sites]} for way in ("fedllm", "flare", "memory")
+    )
+    return [ours, alone] * (case.times + spare) + [measured]
 
 
 def exchanged(net: Net, folder: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -97,12 +99,13 @@ def _name(job: Path, more: dict[str, str]) -> None:
 
 def row(case: Case, found: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """One line of the table, of a case's exchanges that count."""
+    *found, measured = found
     ours, alone = found[0::2], found[1::2]
     seconds = [[one["seconds"] for one in way] for way in (ours, alone)]
     mine, theirs = map(statistics.median, seconds)
     reached = mine <= (RATIO * theirs if case.size else EMPTY)
     goal = f"{RATIO} x" if case.size else f"{EMPTY} s"
-    peak = max(one["peak"] for one in ours)
+    peak = measured["peak"]
     cells = [*map(_told, seconds), goal, f"{_verdict(reached)}, {mine / theirs:.2f} x", f"{peak / 1e6:,.0f} MB"]
     if case.size:
         share = peak / (case.size * (1 + case.sites))

@@ -21,7 +21,7 @@ import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
@@ -420,7 +420,7 @@ class RemoteStores:
 class _Trip:
     """One lot of requests on their way: a letter to each site, and the replies in the order of the requests."""
 
-    def __init__(self, engine: FlareEngine, lot: Sequence[Request], deadline: float | None, left: float | None) -> None:
+    def __init__(self, engine: FlareEngine, lot: list[Request], deadline: float | None, left: float | None) -> None:
         self.engine, self.lot, self.deadline = engine, lot, deadline
         self.until = None if left is None else time.monotonic() + left
         self.by_site: dict[str, list[Request]] = {}
@@ -437,6 +437,7 @@ class _Trip:
         loop, watch = asyncio.get_running_loop(), Watch(self.engine.sites)
         for site, asked in self.by_site.items():
             self._send(loop, site, asked)
+        self._let_go()
         left = {request.id: None for request in self.lot}
         while left:
             name = next((name for name in left if name in self.replied or not self.engine.hurried), None)
@@ -446,6 +447,12 @@ class _Trip:
             del left[name]
             self.given.add(name)
             yield self.replied.pop(name)
+
+    def _let_go(self) -> None:
+        """All letters are on their way: their bodies are not needed here any more, and may be large."""
+        self._digests.clear()
+        for requests in (self.lot, *self.by_site.values()):
+            requests[:] = [replace(request, body=b"") for request in requests]
 
     def end(self) -> None:
         """Take back what is under way; what was answered and not given on is undone at the clients."""
@@ -559,7 +566,7 @@ class _Trip:
         self.engine.sites.notes("lost", gone)
 
     def _digest(self, body: bytes) -> Digest:
-        """Of a request's body; that which many clients receive is hashed once. The lot holds the bodies."""
+        """Of a request's body; that which many clients receive is hashed once."""
         if id(body) not in self._digests:
             self._digests[id(body)] = Digest.of(body)
         return self._digests[id(body)]

@@ -1,7 +1,7 @@
 """Pieces - the bytes of large letters as FLARE carries them: whoever they are for fetches one after the other.
 
 FLARE packs arrays of NumPy into zip archives, with copies and check sums that take as long as their journey; a letter
-has check sums of its own. Here they travel as they lie in memory, and lie in memory as they came.
+has check sums of its own. Here they are copied once as they leave, and lie in memory as they came.
 """
 
 # pyright: reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
@@ -44,8 +44,8 @@ class _Source(CacheableObject):
     def get_item_size(self, index: int) -> int:
         return len(self._held[index].data)
 
-    def produce_item(self, index: int) -> Any:
-        return self._held[index].data
+    def produce_item(self, index: int) -> bytes:
+        return bytes(self._held[index].data)  # FLARE keeps the last that it sent: not a view of the whole letter
 
     @property
     def _held(self) -> Sequence[Piece]:

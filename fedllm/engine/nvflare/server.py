@@ -149,8 +149,9 @@ class FlarePost:
         once = _Once(done)
 
         def received(client_task: Any, fl_ctx: FLContext) -> None:
+            client_task.task.data = Shareable()  # FLARE keeps the task for a while: not what was sent, nor what came
             once(_answer(client_task.result))
-            client_task.result = Shareable()  # FLARE keeps the task for a while: not its uploads
+            client_task.result = Shareable()
 
         def ended(task: Task, fl_ctx: FLContext) -> None:
             once(f"the site {site} gave no answer ({task.completion_status})")
