@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Mapping
 
 import torch
@@ -100,6 +101,6 @@ def finite(tree: Mapping[str, torch.Tensor]) -> str | None:
         if not tensor.is_floating_point() and not tensor.is_complex():
             continue
         wide = tensor.dtype if tensor.element_size() >= 4 else torch.float32
-        if not bool(torch.isfinite(tensor.sum(dtype=wide))) and not bool(torch.isfinite(tensor.to(wide)).all()):
+        if not cmath.isfinite(tensor.sum(dtype=wide).item()) and not bool(torch.isfinite(tensor.to(wide)).all()):
             return name
     return None

@@ -532,15 +532,17 @@ def _optimizer(
 
 def _stack(trees: Sequence[Tensors], learner: Learner) -> Tensors:
     """Stack equally named trees on a client axis, padding with zeros to the largest shape; float32 on the device."""
-    result = {}
+    result, device = dict[str, torch.Tensor](), learner.device
     for name, first in trees[0].items():
         rows = [tree[name] for tree in trees]
-        shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
         dtype = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else first.dtype
-        joined = torch.zeros([len(rows), *shape], dtype=dtype, device=learner.device)
+        if all(row.shape == first.shape for row in rows):
+            result[name] = torch.stack([row.to(device, dtype) for row in rows])
+            continue
+        shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+        result[name] = torch.zeros([len(rows), *shape], dtype=dtype, device=device)
         for k, row in enumerate(rows):
-            joined[(k, *(slice(0, n) for n in row.shape))] = row.to(learner.device)
-        result[name] = joined
+            result[name][(k, *(slice(0, n) for n in row.shape))] = row.to(device)
     return result
 
 

@@ -69,6 +69,7 @@ class Adapted:
         self.offset = 0
         self._initial: Tensors = {}
         self._swapped: list[tuple[str, nn.Module, str]] = []
+        self._somewhere = next(self.model.parameters())  # finding one takes a while, and everybody asks where it is
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         self._attached: list[Any] = []
         modules = dict(self.model.named_modules())
@@ -90,7 +91,7 @@ class Adapted:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return self._somewhere.device
 
     def initial(self) -> Tensors:
         """First values of the trainable tensors: float32 on the CPU."""
