@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.guard import Guard
@@ -54,6 +54,9 @@ from fedllm.run import (
     prepare,
     same_ground,
 )
+
+if TYPE_CHECKING:
+    from fedllm.engine.private import PrivateStore
 
 NONE = "none"
 """No attack, or no defence."""
@@ -283,7 +286,7 @@ def _success(leg: Leg, ground: Ground, attack: Attack, metric: str) -> float | N
     """The score of a leg's last state on the rows that an attack is aimed at."""
     aimed = _Aimed(ground, attack)
     worker = ground.worker(leg.method)
-    worker.rows = aimed
+    worker.rows, worker.private = aimed, cast("PrivateStore", leg.stores)  # what clients keep is part of their models
     clients = [client for client in ground.measured if aimed.size(client, "eval")]
     server = Server(LocalEngine(worker, ground.federation.client_ids, ground.width), ground.recipe.seed)
     counts = asyncio.run(evaluate(leg.method, leg.state, server, clients))

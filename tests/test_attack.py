@@ -10,6 +10,7 @@ import pytest
 
 from fedllm.attack import siege
 from fedllm.core.errors import ConfigError, ModeConflict
+from fedllm.engine.rounds import evaluate
 from fedllm.run import Watch
 
 WORDS = ("amber", "birch", "cedar", "delta")
@@ -48,6 +49,20 @@ def test_the_grid_has_every_cell_and_holds_it_to_the_right_ones(tmp_path: Path) 
     text = (tmp_path / "a" / "attack.md").read_text()
     assert text.count("\n") == 2 + 6 and "attacker's success" in text
     assert {file.name for file in (tmp_path / "a").glob("*.svg")} <= {"fedavg-score.svg", "fedavg-success.svg"}
+
+
+def test_an_attack_on_models_of_their_own_is_scored_with_what_clients_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+
+    async def watched(method: Any, state: Any, server: Any, clients: Any) -> Any:
+        kept.append(bool(server.engine.worker.private.clients()))
+        return await evaluate(method, state, server, clients)
+
+    monkeypatch.setattr("fedllm.attack.evaluate", watched)
+    siege(recipe(), ["backdoor"], [], ["pfedlora"], data=data(), folder=tmp_path / "a")
+    assert kept and all(kept)
 
 
 def test_an_interrupted_grid_goes_on_to_the_same(tmp_path: Path) -> None:
