@@ -15,6 +15,7 @@ from typing import Any
 
 from fedllm.core.errors import ConfigError
 from fedllm.core.guard import Guard
+from fedllm.core.protocol import Protocol
 from fedllm.recipe import Recipe, load_recipe
 from fedllm.run import (
     ALONE,
@@ -45,7 +46,8 @@ class Comparison:
 
     Attributes:
         folder: where compare.json lies.
-        table: {"metric", "seeds", "rows": [{"method", "mean", "std", "values", "metrics", ...}]}.
+        table: {"metric", "seeds", "rows": [{"method", "mean", "std", "values", "metrics", ...}], "early": sentences
+            about methods whose modes ended them before the last round}.
     """
 
     folder: Path
@@ -90,7 +92,7 @@ def compare(
             method_of(settled, key)
     place = kept_folder(settled, folder, "compare")
     found: dict[str, list[dict[str, Any]]] = {key: [] for key in methods}
-    metric = ""
+    metric, early = "", list[str]()
     for number in range(seeds):
         seeded = settled.model_copy(update={"seed": settled.seed + number})
         ground = prepare(seeded, data)
@@ -112,6 +114,10 @@ def compare(
             leg = Leg(name, method, own, place, watch, debug, guards[key])
             if not asyncio.run(leg.play()):
                 raise KeyboardInterrupt
+            if not isinstance(method, Protocol) and leg.state.round < settled.rounds:
+                why = leg.stopped or leg.server.guard.stops(leg.state.round + 1) or "no reason is known"
+                at = f"after round {leg.state.round} of {settled.rounds}"
+                early.append(f"{key} with seed {seeded.seed} ended {at}: {why}")
             meter = leg.server.meter
             sent = {way: travelled(meter, way) for way in ("up", "down")}
             spent = {"tokens": meter.tokens, "steps": meter.steps, "seconds": meter.seconds}
@@ -122,6 +128,7 @@ def compare(
         "seeds": [settled.seed + number for number in range(seeds)],
         "rounds": settled.rounds,
         "rows": [_row(key, results, metric) for key, results in found.items()],
+        "early": early,
     }
     place.write_json("compare.json", table)
     place.write_text("compare.md", to_markdown(table))
@@ -155,7 +162,8 @@ def to_markdown(table: dict[str, Any]) -> str:
         cells += [value_text(name, row["metrics"][name]) for name in others]
         cells += [bytes_text(row["up"]), f"{row['tokens']:,.0f}", f"{row['seconds']:.0f}"]
         lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    early = "".join(f"\n{sentence}\n" for sentence in table.get("early", ()))
+    return "\n".join(f"| {line} |" for line in lines) + f"\n{early}"
 
 
 def _row(key: str, results: list[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -44,3 +44,16 @@ def test_a_method_that_does_not_go_with_the_modes_is_refused_before_anything_is_
     with pytest.raises(ModeConflict, match="flexlora"):
         fedllm.compare({**RECIPE, "privacy": PRIVACY}, ["fedavg", "flexlora"], data=clients(), folder=folder)
     assert not list(folder.rglob("metrics.jsonl")) and not list(folder.rglob("*.safetensors"))
+
+
+def test_a_method_that_its_budget_ended_early_is_told(tmp_path: Path) -> None:
+    budget = {**PRIVACY, "epsilon": 2.0}
+    given = {**RECIPE, "privacy": budget, "rounds": 4}
+    told = []
+    for _ in range(2):  # again: all is there already
+        found = fedllm.compare(given, ["fedavg", "base"], data=clients(), folder=tmp_path / "short")
+        told.append(found.table["early"])
+        assert told[-1] and all(sentence in (found.folder / "compare.md").read_text() for sentence in told[-1])
+    assert told[0] == told[1] and told[0][0].startswith("fedavg with seed 0 ended after round ")
+    whole = fedllm.compare({**given, "privacy": PRIVACY}, ["fedavg"], data=clients(), folder=tmp_path / "whole")
+    assert whole.table["early"] == []

@@ -122,6 +122,7 @@ def compare_methods(
     from fedllm.cli.tables import comparison_table
 
     screen.show(screen.fitted(comparison_table(comparison.table), screen.console().width))
+    screen.warn(comparison.table["early"])
     screen.say(f"Table: {comparison.folder / 'compare.md'}")
 
 
