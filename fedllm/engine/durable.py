@@ -1,7 +1,8 @@
-"""Durable - a file appears whole or not at all: written beside its place, flushed to disk, renamed."""
+"""Durable - a file appears whole or not at all: written beside its place, flushed to disk, renamed, its folder too."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def write(file: Path, data: bytes, mode: int | None = None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         _fill(partial, data, mode)
         partial.replace(file)
+        _entered(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -49,6 +51,7 @@ def create(file: Path, data: bytes, mode: int) -> None:
         os.link(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+    _entered(file.parent)
 
 
 def own(folder: Path) -> None:
@@ -75,6 +78,17 @@ def flush(file: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def _entered(folder: Path) -> None:
+    """Have a folder's new entry on disk as well, so that it outlives a loss of power; where folders can be opened."""
+    if os.name == "nt":
+        return
+    try:
+        flush(folder)
+    except OSError as fault:
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems over a network may have no such thing
+            raise
 
 
 def _fill(file: Path, data: bytes, mode: int | None) -> None:

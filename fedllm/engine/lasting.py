@@ -7,7 +7,6 @@ be forgotten.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from fedllm.core.errors import RunError
@@ -42,7 +41,5 @@ def lasting(guard: Guard, file: Path) -> None:
 
     def keep(facts: Json) -> None:
         durable.write(file, json.dumps(facts).encode(), durable.OWN)
-        if os.name != "nt":  # where a folder can be opened, its new entry outlives a loss of power, too
-            durable.flush(file.parent)
 
     guard.keep = keep
