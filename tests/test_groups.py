@@ -53,6 +53,7 @@ def test_the_same_seed_gives_the_same_bits_with_groups(tmp_path: Path) -> None:
         ({"groups": {"a": {"share": 1.0, "adapter": {"rank": 8}}}}, "is above adapter.rank=4"),
         ({"groups": {"a": {"share": 1.0, "adapter": {"alpha": 8}}}}, "more than its rank"),
         ({"method": "fedavg", "groups": {"a": {"share": 1.0, "adapter": {"rank": 2}}}}, "needs the same ranks"),
+        ({"method": "local", "groups": {"a": {"share": 1.0, "adapter": {"rank": 2}}}}, "needs the same ranks"),
         ({"groups": {"a": {"share": 0.5}}}, "sum to 0.5"),
         ({"groups": {"a": {"share": 0.5, "clients": ["c0"]}}}, "Exactly one"),
         ({"groups": {"a": {"share": 1.0, "model": {"nam": "toy:gpt2"}}}}, "nam"),

@@ -180,7 +180,7 @@ def test_a_bridge_that_is_not_finite_is_dropped_and_its_client_keeps_nothing(peo
 
 def test_what_it_asks_of_the_adapter_and_what_may_differ() -> None:
     assert PFedLoRA(rank=2, width=50).adapter() == {"bridge": 2, "bridge_width": 50}
-    assert PFedLoRA.mixes == ("ranks", "models") and PFedLoRA().linear() and PFedLoRA().weighting == "examples"
+    assert PFedLoRA.mixes == ("models",) and PFedLoRA().linear() and PFedLoRA().weighting == "examples"
 
 
 def test_a_model_without_a_bridge_is_refused() -> None:

@@ -26,7 +26,7 @@ class Local(Method):
         status="runs",
     )
     private = ("params",)
-    mixes = ("ranks", "models")
+    mixes = ("models",)
 
     def distribute(self, state: State, client: Member) -> Received:
         """Nothing: a client begins at its own first values."""

@@ -44,7 +44,7 @@ class FedMD(Method):
     )
     asks, only_fits, feeds = ("describe", "learn"), False, False
     private = ("model", "digest", "revisit")
-    mixes = ("ranks", "models")
+    mixes = ("models",)
     public = True
 
     weighting: Literal["examples", "uniform"] = "uniform"

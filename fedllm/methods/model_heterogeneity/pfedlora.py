@@ -41,7 +41,7 @@ class PFedLoRA(Method):
     )
     only_fits = False
     private = ("model",)
-    mixes = ("ranks", "models")
+    mixes = ("models",)
 
     rank: int = Field(8, ge=1)
     """Rank of the bridge."""
