@@ -107,7 +107,7 @@ def show_fault(fault: Any, debug: bool = False) -> int:
         near = f"Did you mean '{fault.nearest}'?" if fault.nearest else ""
         screen.fail(fault.given, [part for part in (fault.allowed, near, fault.action) if part])
         return fault.exit_code
-    if isinstance(fault, OSError) and fault.errno in DISK:
+    if isinstance(fault, OSError) and fault.errno in DISK and (fault.filename or fault.errno != errno.EACCES):
         given, action = DISK[fault.errno]
         screen.fail(f"{given}: {fault.filename}." if fault.filename else f"{given}.", [action])
         return NO_DISK

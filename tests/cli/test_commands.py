@@ -136,6 +136,15 @@ def test_a_disk_that_takes_nothing_is_no_mistake_of_ours(monkeypatch, number, sa
     assert (result.exit_code, result.stderr.splitlines()) == (8, said)
 
 
+def test_a_port_that_is_not_allowed_is_no_matter_of_disks(monkeypatch):
+    def fall(*_, **__):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("fedllm.cli.complete.bundled_recipes", fall)
+    result = invoke("recipes")
+    assert result.exit_code == 70 and "PermissionError: [Errno 13] Permission denied" in result.stderr
+
+
 def test_a_pipe_that_closes_early_is_quiet():
     process = subprocess.Popen(
         [*MAIN, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT

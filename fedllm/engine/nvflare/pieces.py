@@ -67,7 +67,7 @@ class _Sink(ItemConsumer):
 
 
 class PieceDecomposer(ViaDownloaderDecomposer):
-    """Tells FLARE how pieces travel; an extension as FLARE's documentation of FOBS gives it."""
+    """Tells FOBS, by which FLARE writes what it sends, how pieces travel."""
 
     def __init__(self) -> None:
         super().__init__(TOGETHER, "fedllm_")
