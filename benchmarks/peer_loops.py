@@ -28,8 +28,8 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Example
 from fedllm.effects.rig import Play
+from fedllm.engine.fit import steps_of
 from fedllm.engine.local import LocalEngine
-from fedllm.engine.together import steps_of
 from fedllm.engine.width import choose
 from fedllm.methods.baseline.fedavg import FedAvg
 from fedllm.models.adapters.settings import AdapterSettings

@@ -13,7 +13,8 @@ import torch
 from fedllm.attack import siege
 from fedllm.core.errors import ConfigError, ModeConflict
 from fedllm.core.work import Gradient
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.job import Job
+from fedllm.engine.together import run_together
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import load_model
 from fedllm.models.settings import ModelSettings

@@ -22,7 +22,7 @@ from fedllm.core.seeds import derive
 from fedllm.core.split import Body, halves
 from fedllm.core.state import State
 from fedllm.core.tensors import Tensors, finite
-from fedllm.core.wire import Encoder, decode, size_by_part
+from fedllm.core.wire import Encoder, opened, size_by_part
 
 
 @dataclass(frozen=True)
@@ -291,12 +291,12 @@ class Server:
             self.lost.append({"client": reply.client, "reason": reply.error or "no answer"})
             return None
         try:
-            message = decode(reply.body)
+            message, sizes = opened(reply.body)
         except DecodeError as fault:
             self.meter.sent(op, "up", {"undecodable": len(reply.body)})
             self._refuse(reply.client, str(fault))
             return None
-        self.meter.sent(op, "up", size_by_part(reply.body))
+        self.meter.sent(op, "up", sizes)
         try:
             if not isinstance(message, Upload):
                 raise UploadRejected(f"Client '{reply.client}' sent a {type(message).__name__.lower()}.")

@@ -104,15 +104,31 @@ def _apart(message: Message) -> tuple[dict[str, torch.Tensor], str]:
 
 def decode(data: bytes) -> Message:
     """The message in `data`; raises :class:`DecodeError` for anything that is not one."""
-    structure = _structure(data)
-    try:
-        tensors = load(bytes(data))
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AssertionError) as fault:
-        raise DecodeError(f"The tensors of a message cannot be read ({type(fault).__name__}).") from fault
-    try:
-        return _build(structure, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, FedLLMError) as fault:
-        raise DecodeError(f"The structure of a message is malformed ({type(fault).__name__}: {fault}).") from fault
+    return opened(data)[0]
+
+
+def opened(data: bytes) -> tuple[Message, dict[str, int]]:
+    """The message in `data` and its bytes by part (see :func:`size_by_part`); raises as :func:`decode`."""
+    header, structure = _structure(data)
+    return _built(structure, _tensors(data)), _sizes(len(data), header, structure)
+
+
+class Decoder:
+    """Decodes one body after the other; of the very same body it gives copies and does not read it again.
+
+    So what many clients receive is read once, and none of them shares a tensor with another. It holds the last body:
+    use it for one round of questions, and let it go.
+    """
+
+    def __init__(self) -> None:
+        self._body, self._text, self._tensors = b"", "", dict[str, torch.Tensor]()
+
+    def __call__(self, data: bytes) -> Message:
+        """See :func:`decode`."""
+        if data is not self._body:
+            header, _ = _structure(data)
+            self._body, self._text, self._tensors = data, header["__metadata__"]["fedllm"], _tensors(data)
+        return _built(json.loads(self._text), {name: tensor.clone() for name, tensor in self._tensors.items()})
 
 
 def size_by_part(data: bytes) -> dict[str, int]:
@@ -121,16 +137,18 @@ def size_by_part(data: bytes) -> dict[str, int]:
     A part without tensors (texts, scalars) lies in the file's header, but is no less what was sent. What is left of the
     file, names, weight, metrics and numbers, is under 'header'; all together are the whole file.
     """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
+    return _sizes(len(data), *_structure(data))
+
+
+def _sizes(whole: int, header: dict[str, Any], structure: dict[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
             part = name.split("/", 1)[0]
             sizes[part] = sizes.get(part, 0) + end - start
-    left = len(data) - sum(sizes.values())
-    for name, entry in json.loads(header["__metadata__"]["fedllm"])["parts"].items():
+    left = whole - sum(sizes.values())
+    for name, entry in structure["parts"].items():
         if name not in sizes:
             sizes[name] = min(left, _length(entry.get("facts")))
             left -= sizes[name]
@@ -190,7 +208,8 @@ def _buffer(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _structure(data: bytes) -> dict[str, Any]:
+def _structure(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header of a message, and what it says of it beside its tensors; both as JSON."""
     if len(data) < 8:
         raise DecodeError(f"A message of {len(data)} bytes arrived.", "The shortest message has more than 8 bytes.")
     length = int.from_bytes(data[:8], "little")
@@ -211,7 +230,22 @@ def _structure(data: bytes) -> dict[str, Any]:
             f"This installation reads version {VERSION}.",
             action="Install the same version of fedllm on every side.",
         )
-    return structure
+    return header, structure
+
+
+def _tensors(data: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load(bytes(data))
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AssertionError) as fault:
+        raise DecodeError(f"The tensors of a message cannot be read ({type(fault).__name__}).") from fault
+
+
+def _built(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
+    """The message; raises :class:`DecodeError` where its structure is none."""
+    try:
+        return _build(structure, tensors)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, FedLLMError) as fault:
+        raise DecodeError(f"The structure of a message is malformed ({type(fault).__name__}: {fault}).") from fault
 
 
 def _build(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:

@@ -11,7 +11,8 @@ import torch
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.message import Received, Upload
 from fedllm.core.work import Exchange, Fit, FitReport, Learner, Request
-from fedllm.engine.together import Job, alike, run_together
+from fedllm.engine.job import Job, alike
+from fedllm.engine.together import run_together
 
 
 @dataclass

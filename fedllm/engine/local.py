@@ -17,20 +17,20 @@ import torch
 
 from fedllm.core.errors import ConfigError, DataError, FedLLMError
 from fedllm.core.guard import Guard
-from fedllm.core.message import Received, Upload
+from fedllm.core.message import Message, Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
 from fedllm.core.roster import ALL, SERVER, Group
 from fedllm.core.server import Reply, Request
 from fedllm.core.split import halves
 from fedllm.core.tensors import Tensors
-from fedllm.core.wire import decode, encode
+from fedllm.core.wire import Decoder, decode, encode
 from fedllm.core.work import Embed, Example, Exchange, Generate, Learner, Outputs, Rows, Score
 from fedllm.core.work import Request as Work
 from fedllm.engine.client import TurnClient
 from fedllm.engine.driver import Turn, drive
+from fedllm.engine.job import Job, bound_names, no_data
 from fedllm.engine.private import PrivateStore
-from fedllm.engine.together import Job, bound_names, no_data
 from fedllm.engine.width import Width
 
 PUBLIC = "public"
@@ -72,6 +72,7 @@ class LocalWorker:
 
     Attributes:
         width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
+        decode: reads what clients receive.
         discreet: errors that may quote data are told by their kind alone, and printed here.
     """
 
@@ -96,6 +97,7 @@ class LocalWorker:
         self.functions = algorithm.client_functions()
         self.guard = guard or Guard()
         self.coder, self.width = coder, Width(1, "nobody asked for more")
+        self.decode: Callable[[bytes], Message] = decode
         kept = () if coder is None else (coder.memory_name,)
         self.private = PrivateStore((*algorithm.private, *self.guard.private, *kept), private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
@@ -218,7 +220,7 @@ class LocalWorker:
         )
 
         async def play() -> Upload:
-            return await guard.work(function, self.algorithm, client, _received(request))
+            return await guard.work(function, self.algorithm, client, self._received(request))
 
         asked = itertools.count()
 
@@ -233,6 +235,12 @@ class LocalWorker:
 
         return Turn(name, play(), job, request.id, request.op, learner=learner, client_view=client)
 
+    def _received(self, request: Request) -> Received:
+        received = self.decode(request.body)
+        if not isinstance(received, Received):
+            raise ConfigError(f"A request carries a {type(received).__name__.lower()}.", "Expected: received.")
+        return received
+
     def _sight(self, op: str) -> Callable[[str], str]:
         """Gives a split back where a client half may read it, and raises where single examples are private."""
         if not self.guard.hides:
@@ -244,7 +252,7 @@ class LocalWorker:
         turn = self._sessions.pop(request.session or "", None)
         if turn is None:
             raise ConfigError(f"Client '{request.client}' has no open session '{request.session}'.")
-        turn.id, turn.answer, turn.client_view.round = request.id, _received(request), request.round
+        turn.id, turn.answer, turn.client_view.round = request.id, self._received(request), request.round
         return turn
 
     def _moves(self, name: str) -> bool:
@@ -298,13 +306,6 @@ def _unseen(split: str) -> str:
     )
 
 
-def _received(request: Request) -> Received:
-    received = decode(request.body)
-    if not isinstance(received, Received):
-        raise ConfigError(f"A request carries a {type(received).__name__.lower()}.", "Expected: received.")
-    return received
-
-
 def _upload(outcome: Any) -> Upload:
     """What a client's turn ended with, if it is an upload; raises what went wrong otherwise."""
     if isinstance(outcome, BaseException):
@@ -337,23 +338,32 @@ class LocalEngine:
         """See :class:`fedllm.core.server.Engine`. Clients that are stacked are answered together."""
         begun, waiting = time.monotonic(), iter(requests)
         together = self.width.stack if deadline is None else self.width.clients  # who is late is seen in between
-        while chunk := list(itertools.islice(waiting, together)):
-            if _late(begun, deadline):
-                for request in chunk:
-                    self.worker.close([request.session] if request.session else [])
-                    yield _missed(request, deadline)
-                continue
-            with torch.inference_mode(False):
-                replies = list(self.worker.answer(chunk))
-            for request, reply in zip(chunk, _in_order(chunk, replies), strict=True):
-                if _late(begun, deadline):
-                    if reply.session is not None:
-                        self.worker.close([reply.session])
-                    elif reply.body is not None:
-                        self.worker.private.drop(request.client)
-                    yield _missed(request, deadline)
-                    continue
+        self.worker.decode = Decoder()
+        try:
+            while chunk := list(itertools.islice(waiting, together)):
+                for reply in self._answered(chunk, begun, deadline):
+                    yield reply
+        finally:
+            self.worker.decode = decode
+
+    def _answered(self, chunk: Sequence[Request], begun: float, deadline: float | None) -> Iterator[Reply]:
+        """The replies of clients that are answered together; those that come late are answered for."""
+        if _late(begun, deadline):
+            for request in chunk:
+                self.worker.close([request.session] if request.session else [])
+                yield _missed(request, deadline)
+            return
+        with torch.inference_mode(False):
+            replies = list(self.worker.answer(chunk))
+        for request, reply in zip(chunk, _in_order(chunk, replies), strict=True):
+            if not _late(begun, deadline):
                 yield reply
+                continue
+            if reply.session is not None:
+                self.worker.close([reply.session])
+            elif reply.body is not None:
+                self.worker.private.drop(request.client)
+            yield _missed(request, deadline)
 
     def group(self, client: str) -> Group:
         """See :class:`fedllm.core.server.Engine`."""

@@ -25,7 +25,9 @@ from fedllm.blocks.zeroth import noise, replay, replay_, shift_
 from fedllm.core.errors import RoundFailed, RunError
 from fedllm.core.tensors import Tensors, finite, subtract
 from fedllm.core.work import Directions, Example, Learner, Lending, Probe, ProbeReport, Score, ScoreReport
-from fedllm.engine.together import Job, Result, no_data, run_together, steps_of
+from fedllm.engine.fit import steps_of
+from fedllm.engine.job import Job, Result, no_data
+from fedllm.engine.together import run_together
 
 Window = list[list[list[Example]]]
 """The examples of one probe: batch by batch, client by client."""

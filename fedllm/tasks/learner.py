@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.split import Halves
@@ -286,25 +287,18 @@ class TransformerLearner:
                     real.append(len(rows))
                     clients.append(client)
                 rows.append(group[place] if place < len(group) else None)
-        longest = max(example.inputs["input_ids"].shape[0] for example in rows if example is not None)
-        filler = some.inputs["input_ids"][:1]
-        pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(rows), longest), pad)
-        mask = torch.zeros((len(rows), longest), dtype=torch.long)
-        kinds = torch.zeros_like(mask) if "token_type_ids" in some.inputs else None
-        for number, example in enumerate(rows):
-            tokens = filler if example is None else example.inputs["input_ids"]
-            ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
-            if kinds is not None and example is not None:
-                kinds[number, : len(tokens)] = example.inputs["token_type_ids"]
+        device, filler = self.device, some.inputs["input_ids"][:1]
+        texts = [filler if example is None else example.inputs["input_ids"] for example in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if kinds is not None:
-            inputs["token_type_ids"] = kinds
-        labels = [example.labels if example is not None else None for example in rows]
-        where, kept = self._targets(labels)
+        if "token_type_ids" in some.inputs:
+            kinds = [filler.new_zeros(1) if example is None else example.inputs["token_type_ids"] for example in rows]
+            inputs["token_type_ids"] = pad_sequence(kinds, batch_first=True)
+        where, kept = self._targets([None if example is None else example.labels for example in rows])
         if self._both_ways:
-            inputs["decoder_input_ids"] = self._shifted(labels)
-        device = self.device
+            inputs["decoder_input_ids"] = self._shifted([None if e is None else e.labels for e in rows])
         return Batch(
             {k: v.to(device) for k, v in inputs.items()},
             (where[0].to(device), where[1].to(device)),
@@ -315,17 +309,14 @@ class TransformerLearner:
 
     def _targets(self, labels: list[torch.Tensor | None]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Row, logit position and value of every label; a causal model predicts position p at p - 1."""
-        rows, positions, values = [], [], []
-        causal = self.task.kind == "causal-lm"
-        for number, row in enumerate(labels):
-            if row is None:
-                continue
-            used = row[1:] if causal else row
-            at = torch.nonzero(used != IGNORE).flatten() if self.task.per_token else torch.zeros(1, dtype=torch.long)
-            rows.append(torch.full_like(at, number))
-            positions.append(at)
-            values.append(used[at])
-        return (torch.cat(rows), torch.cat(positions)), torch.cat(values)
+        none = torch.tensor([IGNORE])
+        padded = pad_sequence([none if row is None else row for row in labels], batch_first=True, padding_value=IGNORE)
+        if not self.task.per_token:
+            rows = torch.tensor([number for number, row in enumerate(labels) if row is not None])
+            return (rows, torch.zeros_like(rows)), padded[rows, 0]
+        used = padded[:, 1:] if self.task.kind == "causal-lm" else padded
+        rows, positions = torch.nonzero(used != IGNORE, as_tuple=True)
+        return (rows, positions), used[rows, positions]
 
     def _shifted(self, labels: list[torch.Tensor | None]) -> torch.Tensor:
         """Decoder inputs: the labels moved right by one, padded."""

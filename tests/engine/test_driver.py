@@ -15,7 +15,7 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Asked, Embed, Example, Fit, Generate, Gradient, Score
 from fedllm.engine.driver import Turn, drive
-from fedllm.engine.together import Job, no_data
+from fedllm.engine.job import Job, no_data
 from fedllm.tasks.function import FunctionLearner
 
 SGD = Train(steps=3, lr=0.1, optimizer="sgd", clip_norm=None, batch_size=4)

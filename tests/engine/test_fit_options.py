@@ -12,7 +12,8 @@ from fedllm.core.errors import FedLLMError
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Schedule, Train
 from fedllm.core.work import Example, Fit, FitReport, Gradient, Outputs, Score
-from fedllm.engine.together import Job, alike, run_together
+from fedllm.engine.job import Job, alike
+from fedllm.engine.together import run_together
 from fedllm.tasks.function import FunctionLearner
 
 SGD = Train(steps=3, lr=0.1, optimizer="sgd", clip_norm=None, batch_size=2)

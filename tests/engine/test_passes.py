@@ -12,8 +12,9 @@ import torch
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, FitReport
+from fedllm.engine.job import Job
 from fedllm.engine.passes import Part, Passes
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.together import run_together
 from fedllm.engine.width import Width, choose
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model

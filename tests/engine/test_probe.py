@@ -15,7 +15,8 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Directions, Example, Lending, Probe, Score
 from fedllm.engine import zeroth
-from fedllm.engine.together import Job, alike, run_together
+from fedllm.engine.job import Job, alike
+from fedllm.engine.together import run_together
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
 from fedllm.tasks.function import FunctionLearner

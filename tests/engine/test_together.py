@@ -16,7 +16,9 @@ from fedllm.core.errors import ModelError, RoundFailed
 from fedllm.core.tensors import Tensors, squared_distance
 from fedllm.core.train import Schedule, Train
 from fedllm.core.work import Embed, Example, Fit, FitReport, Generate, Gradient, Score
-from fedllm.engine.together import GRADIENT_ROWS, Job, alike, run_together, steps_of
+from fedllm.engine.fit import steps_of
+from fedllm.engine.job import Job, alike
+from fedllm.engine.together import GRADIENT_ROWS, run_together
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
 from fedllm.tasks.function import FunctionLearner

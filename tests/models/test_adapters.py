@@ -15,7 +15,8 @@ from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.tensors import Tensors, finite
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, Generate, Score
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.job import Job
+from fedllm.engine.together import run_together
 from fedllm.models.adapters.attach import Adapted
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded, load_model

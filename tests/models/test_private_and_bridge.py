@@ -11,7 +11,8 @@ from fedllm.core.errors import ModelError
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, Score
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.job import Job
+from fedllm.engine.together import run_together
 from fedllm.models.adapters.attach import PERSONAL, Adapted
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.structure import linears

@@ -14,7 +14,8 @@ from fedllm.core.guard import Guard
 from fedllm.core.tensors import norm
 from fedllm.core.work import Expose
 from fedllm.effects.rig import Play
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.job import Job
+from fedllm.engine.together import run_together
 from fedllm.methods import find
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import load_model

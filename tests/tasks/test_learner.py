@@ -13,7 +13,8 @@ from fedllm.core.errors import ConfigError
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Example, Fit, Score
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.job import Job
+from fedllm.engine.together import run_together
 from fedllm.evaluate.classes import EntityF1, MacroF1
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
@@ -287,7 +288,8 @@ def test_text_metrics_measure_what_is_written(family: str, kind: str) -> None:
     """A model that has learned its rows by heart writes the answers; the untrained one does not."""
     from fedllm.core.train import Train
     from fedllm.core.work import Fit, Score
-    from fedllm.engine.together import Job, run_together
+    from fedllm.engine.job import Job
+    from fedllm.engine.together import run_together
     from fedllm.models.adapters.settings import AdapterSettings
     from fedllm.models.toy import toy_model
     from fedllm.tasks.learner import TransformerLearner

@@ -21,9 +21,10 @@ from fedllm.core.train import Train
 from fedllm.core.wire import decode
 from fedllm.core.work import Fit
 from fedllm.effects.rig import Play
+from fedllm.engine.job import Job
 from fedllm.engine.lasting import FILE, lasting
 from fedllm.engine.local import LocalWorker
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.together import run_together
 from fedllm.methods import find, methods
 from fedllm.methods.baseline.fedavg import FedAvg
 from fedllm.models.adapters.settings import AdapterSettings

@@ -15,7 +15,8 @@ from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Score
 from fedllm.effects.rig import Play
-from fedllm.engine.together import Job, run_together
+from fedllm.engine.job import Job
+from fedllm.engine.together import run_together
 from fedllm.methods import find
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.toy import toy_model
