@@ -205,7 +205,10 @@ def _file(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> byte
 
 def _buffer(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in one piece, without a copy."""
-    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+    if not tensor.numel():
+        return memoryview(b"")
+    known = tensor if tensor.dtype != torch.bfloat16 else tensor.view(torch.int16)  # NumPy has no bfloat16
+    return memoryview(known.numpy()).cast("B")
 
 
 def _structure(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:

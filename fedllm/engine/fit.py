@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fedllm.core.errors import ConfigError, FedLLMError, RoundFailed
 from fedllm.core.seeds import derive, numpy_stream
-from fedllm.core.tensors import Tensors, finite, subtract
+from fedllm.core.tensors import Tensors, finite
 from fedllm.core.train import Train
 from fedllm.core.work import Example, Fit, FitReport, Learner
 from fedllm.engine.job import Job, Result, examples_of
@@ -64,10 +64,9 @@ class _Fit:
             for own, job, r in zip(self.examples, jobs, self.requests, strict=True)
         ]
         self.stack = Stack.of([r.start for r in self.requests], self.device)
-        self.given: dict[str, Tensors] = {}
-        if first.penalty is not None or first.correction is not None:
-            self.given = {n: stacked([r.given[n] for r in self.requests], self.device) for n in first.given}
-            self.given["start"] = {name: tensor.detach().clone() for name, tensor in self.stack.tensors.items()}
+        self.start = {dtype: block.clone() for dtype, block in self.stack.blocks.items()}
+        given = {n: stacked([r.given[n] for r in self.requests], self.device) for n in first.given}
+        self.given = {**given, "start": self.stack.views(self.start)}
         fixed = stacked([r.fixed or {} for r in self.requests], self.device)
         self.fixed = {**spread(jobs[0].frozen, len(jobs), self.device), **fixed}
         trees = [r.terms or ((1.0, {}),) for r in self.requests]
@@ -76,7 +75,7 @@ class _Fit:
         ]
         self.active = list(range(len(jobs)))
         self.optimizer: torch.optim.Optimizer | None = None
-        self.finished: dict[int, Tensors] = {}
+        self.finished: dict[int, Blocks] = {}
         self.moments: dict[int, Tensors] = {}
         self.spent = [_Spent() for _ in jobs]
 
@@ -93,13 +92,9 @@ class _Fit:
             return
         for row, k in enumerate(self.active):
             if k not in left:
-                start = self.requests[k].start
-                self.finished[k] = {
-                    name: tensor.detach()[(row, *corner(start[name].shape))].cpu()
-                    for name, tensor in self.stack.tensors.items()
-                }
+                self.finished[k] = {dtype: block[row].cpu() for dtype, block in self.stack.blocks.items()}
                 if self.requests[k].moments is not None:
-                    self.moments[k] = _kept(self.optimizer, self.stack, row, start)
+                    self.moments[k] = _kept(self.optimizer, self.stack, row, self.requests[k].start)
         if left:
             rows = [self.active.index(k) for k in left]
             smaller, before = self.stack if left == self.active else self.stack.rows(rows), self.optimizer
@@ -227,17 +222,17 @@ class _Fit:
         return {name: tensor[self.active] for name, tensor in tree.items()}
 
     def _report(self, k: int) -> FitReport | FedLLMError:
-        job, params, spent = self.jobs[k], self.finished[k], self.spent[k]
+        job, rows, spent = self.jobs[k], self.finished[k], self.spent[k]
         if job.noised is not None:
             spent = spent.public(job.noised.expected)
-        if not math.isfinite(spent.loss) or finite(params) is not None:
+        if not math.isfinite(spent.loss) or finite({str(dtype): row for dtype, row in rows.items()}) is not None:
             return RoundFailed(
                 f"Training at client '{job.client}' gave a loss that is not finite in round {job.round}.",
                 action="Lower train.lr, set train.clip_norm, or look at that client's data.",
             )
-        loss = (spent.loss, float(spent.targets))
-        delta = subtract(params, self.requests[k].start)
-        counts = self.steps[k], spent.rates, loss, spent.examples, spent.tokens
+        changes = {dtype: row - self.start[dtype][k].cpu() for dtype, row in rows.items()}
+        params, delta = (self.stack.tree(held, self.requests[k].start) for held in (rows, changes))
+        counts = self.steps[k], spent.rates, (spent.loss, float(spent.targets)), spent.examples, spent.tokens
         return FitReport(params, delta, *counts, self.moments.get(k))
 
 

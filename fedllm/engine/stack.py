@@ -8,6 +8,7 @@ has the same place in its line whatever the number of clients, and so the same b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,23 +24,24 @@ Blocks = dict[torch.dtype, torch.Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of a block have a tensor: its number type, its first entry, its shape."""
+    """Where the rows of a block have a tensor: its number type, its shape, its first entry and how many it has."""
 
     dtype: torch.dtype
-    begin: int
     shape: tuple[int, ...]
+    begin: int
+    size: int
 
     def view(self, blocks: Blocks) -> torch.Tensor:
         """The tensor of all clients, [K, *shape]."""
-        block, size = blocks[self.dtype], torch.Size(self.shape).numel()
-        return block[:, self.begin : self.begin + size].view(len(block), *self.shape)
+        block = blocks[self.dtype]
+        return block.narrow(1, self.begin, self.size).view(len(block), *self.shape)
 
 
 class Stack:
     """The tensors that K clients train.
 
     Args:
-        places: where each name lies.
+        places: where each name lies; those of a number type one behind the other.
         blocks: the memory; whoever changes it changes :attr:`tensors`.
 
     Attributes:
@@ -56,23 +58,29 @@ class Stack:
         places, ends = dict[str, Place](), dict[torch.dtype, int]()
         for name, first in trees[0].items():
             dtype = torch.promote_types(first.dtype, torch.float32)
-            shape = tuple(map(max, zip(*(tree[name].shape for tree in trees), strict=True)))
-            places[name] = Place(dtype, ends.get(dtype, 0), shape)
-            ends[dtype] = places[name].begin + torch.Size(shape).numel()
-        sizes = {dtype: -(-end // LINE) * LINE for dtype, end in ends.items()}
-        blocks = {dtype: torch.zeros(len(trees), size, dtype=dtype, device=device) for dtype, size in sizes.items()}
-        _fill(places, blocks, trees)
-        return cls(places, blocks)
+            shape = tuple(first.shape)
+            if any(tree[name].shape != first.shape for tree in trees):
+                shape = tuple(map(max, zip(*(tree[name].shape for tree in trees), strict=True)))
+            places[name] = Place(dtype, shape, ends.get(dtype, 0), math.prod(shape))
+            ends[dtype] = places[name].begin + places[name].size
+        widths = {dtype: -(-end // LINE) * LINE for dtype, end in ends.items()}
+        return cls(places, {dtype: _block(dtype, width, places, trees, device) for dtype, width in widths.items()})
 
     def views(self, blocks: Blocks) -> Tensors:
         """The tensors that lie in blocks of this layout."""
         return {name: place.view(blocks) for name, place in self.places.items()}
 
+    def tree(self, rows: Blocks, like: Tensors) -> Tensors:
+        """The tensors of one client's rows [P], as views in the shapes of `like`."""
+        found: Tensors = {}
+        for name, place in self.places.items():
+            whole, shape = rows[place.dtype].narrow(0, place.begin, place.size).view(place.shape), like[name].shape
+            found[name] = whole if whole.shape == shape else whole[corner(shape)]
+        return found
+
     def like(self, trees: Sequence[Tensors]) -> Blocks:
         """Blocks of this layout with other tensors of the same clients."""
-        blocks = {dtype: torch.zeros_like(block) for dtype, block in self.blocks.items()}
-        _fill(self.places, blocks, trees)
-        return blocks
+        return {d: _block(d, block.shape[1], self.places, trees, block.device) for d, block in self.blocks.items()}
 
     def rows(self, chosen: Sequence[int]) -> Stack:
         """Some of the clients; no copy where they lie side by side."""
@@ -84,11 +92,8 @@ class Stack:
         for name, place in self.places.items():
             found = tensors[name]
             held = torch.zeros_like(self.tensors[name]) if found is None else found
-            parts[place.dtype].append(held.reshape(len(held), -1))
-        for dtype, block in self.blocks.items():
-            filled = sum(part.shape[1] for part in parts[dtype])
-            parts[dtype].append(block.new_zeros(len(block), block.shape[1] - filled))
-        return {dtype: torch.cat(held, 1) for dtype, held in parts.items()}
+            parts[place.dtype].append(held.reshape(len(held), place.size))
+        return {dtype: _lines(parts[dtype], block.shape[1]) for dtype, block in self.blocks.items()}
 
     def added(self, total: Blocks | None, owners: Sequence[int], grads: Mapping[str, torch.Tensor | None]) -> Blocks:
         """`total` (None: zeros) and the gradients of a pass: row i of them belongs to client owners[i]."""
@@ -169,13 +174,27 @@ def corner(shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in shape)
 
 
-def _fill(places: Mapping[str, Place], blocks: Blocks, trees: Sequence[Tensors]) -> None:
-    """Copy the tensors of one tree per client into blocks of zeros."""
+def _block(
+    dtype: torch.dtype, width: int, places: Mapping[str, Place], trees: Sequence[Tensors], device: torch.device
+) -> torch.Tensor:
+    """The tensors of one number type as rows of so many entries, a row for each tree."""
+    own = {name: place for name, place in places.items() if place.dtype == dtype}
     with torch.no_grad():
-        for name, place in places.items():
-            view, rows = place.view(blocks), [tree[name] for tree in trees]
-            if len(rows) > 1 and all(row.shape == place.shape and row.dtype == rows[0].dtype for row in rows):
-                view.copy_(torch.stack(rows))
-                continue
-            for k, row in enumerate(rows):
-                view[(k, *corner(row.shape))].copy_(row)
+        if all(tree[name].shape == place.shape for tree in trees for name, place in own.items()):
+            flat = [
+                [tree[name].to(device, dtype).reshape(1, place.size) for name, place in own.items()] for tree in trees
+            ]
+            rows = [_lines(row, width) for row in flat]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+        block = torch.zeros(len(trees), width, dtype=dtype, device=device)
+        for name, place in own.items():
+            view = place.view({dtype: block})
+            for k, tree in enumerate(trees):
+                view[(k, *corner(tree[name].shape))].copy_(tree[name])
+        return block
+
+
+def _lines(parts: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Tensors [K, n] one behind the other, filled up with zeros to [K, width]; always a copy."""
+    rest = width - sum(part.shape[1] for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(len(parts[0]), rest)] if rest else parts, 1)

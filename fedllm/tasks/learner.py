@@ -289,13 +289,15 @@ class TransformerLearner:
                 rows.append(group[place] if place < len(group) else None)
         device, filler = self.device, some.inputs["input_ids"][:1]
         texts = [filler if example is None else example.inputs["input_ids"] for example in rows]
-        ids = pad_sequence(texts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        lengths = torch.tensor([len(text) for text in texts])
-        mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+        ids = _padded(texts, self.tokenizer.pad_token_id)
+        lengths = [len(text) for text in texts]
+        mask = torch.ones_like(ids)
+        if min(lengths) < ids.shape[1]:
+            mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
         inputs = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in some.inputs:
             kinds = [filler.new_zeros(1) if example is None else example.inputs["token_type_ids"] for example in rows]
-            inputs["token_type_ids"] = pad_sequence(kinds, batch_first=True)
+            inputs["token_type_ids"] = _padded(kinds, 0)
         where, kept = self._targets([None if example is None else example.labels for example in rows])
         if self._both_ways:
             inputs["decoder_input_ids"] = self._shifted([None if e is None else e.labels for e in rows])
@@ -310,7 +312,7 @@ class TransformerLearner:
     def _targets(self, labels: list[torch.Tensor | None]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Row, logit position and value of every label; a causal model predicts position p at p - 1."""
         none = torch.tensor([IGNORE])
-        padded = pad_sequence([none if row is None else row for row in labels], batch_first=True, padding_value=IGNORE)
+        padded = _padded([none if row is None else row for row in labels], IGNORE)
         if not self.task.per_token:
             rows = torch.tensor([number for number, row in enumerate(labels) if row is not None])
             return (rows, torch.zeros_like(rows)), padded[rows, 0]
@@ -346,6 +348,13 @@ class TransformerLearner:
     def _positions(self, batch: Batch) -> torch.Tensor:
         """Where the model's hidden states of the labels are, behind what an adapter puts in front."""
         return batch.where[1] + (0 if self.adapted.binding.params is None else self.adapted.offset)
+
+
+def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Rows one below the other, filled up with `value`."""
+    if all(len(row) == len(rows[0]) for row in rows):
+        return torch.stack(rows)
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def _text_metrics(task: TaskSettings) -> list[Metric]:
