@@ -1,4 +1,7 @@
-"""Start - how long a user waits: for `fedllm --help`, and for the first round of `fedllm run quickstart`."""
+"""Start - how long a user waits: for `fedllm --help`, and for the first round of `fedllm run quickstart`.
+
+Beside them stands what no command that trains can be faster than: importing torch and the model's class.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ HEAD = ("command", "until", "wall s", "CPU s", "repeats", "goal (s)", "verdict")
 NOTE = (
     "Every command is a process of its own, and runs once before it is measured, so that files lie in memory and "
     "Python has compiled them: median (lowest-highest). CPU seconds are those of the process; on an idle machine, and "
-    "with one thread, wall is near to them. The run is stopped after its first round."
+    "with one thread, wall is near to them. The run is stopped after its first round. The imports are those of "
+    "`import torch; from transformers import LlamaForCausalLM`, without anything of fedllm's."
 )
 REPEATS, QUICK = 5, 2
 HELP, FIRST = 0.5, 10.0
@@ -29,6 +33,9 @@ LIMIT = 300.0
 """Seconds after which a command has failed."""
 LOOK = 0.01
 """Seconds between two looks at the run folder."""
+IMPORTS = [sys.executable, "-c", "import torch; from transformers import LlamaForCausalLM"]
+COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+"""Python keeps what it has compiled, as it does for a user."""
 
 
 def command() -> list[str]:
@@ -41,7 +48,7 @@ def command() -> list[str]:
 def started(arguments: list[str], place: Path) -> Generator[subprocess.Popen[bytes]]:
     """A process in the folder `place`, with its errors in the file `errors`; ended when it is not needed any more."""
     with (place / "errors").open("wb") as errors:
-        process = subprocess.Popen([*command(), *arguments], cwd=place, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(arguments, cwd=place, env=COMPILED, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             yield process
         finally:
@@ -52,15 +59,25 @@ def started(arguments: list[str], place: Path) -> Generator[subprocess.Popen[byt
 def failed(place: Path, arguments: list[str]) -> SystemExit:
     """What a command said before it failed."""
     said = (place / "errors").read_text(encoding="utf-8", errors="replace")
-    return SystemExit(f"fedllm {' '.join(arguments)} did not get there:\n{said[-2000:]}")
+    return SystemExit(f"{' '.join(arguments)} did not get there:\n{said[-2000:]}")
 
 
 def shown(place: Path) -> tuple[float, float]:
     """Wall and CPU seconds of `fedllm --help`."""
+    return to_its_end([*command(), "--help"], place)
+
+
+def imported(place: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of the imports alone."""
+    return to_its_end(IMPORTS, place)
+
+
+def to_its_end(arguments: list[str], place: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of a process."""
     before, begun = os.times(), time.perf_counter()
-    with started(["--help"], place) as process:
+    with started(arguments, place) as process:
         if process.wait(LIMIT):
-            raise failed(place, ["--help"])
+            raise failed(place, arguments)
         wall = time.perf_counter() - begun
     after = os.times()
     return wall, sum(after[2:4]) - sum(before[2:4])
@@ -68,7 +85,7 @@ def shown(place: Path) -> tuple[float, float]:
 
 def first_round(place: Path) -> tuple[float, float]:
     """Wall and CPU seconds from the command until the first round lies in metrics.jsonl."""
-    asked = ["run", "quickstart", "--quiet", "--folder", str(place / "run")]
+    asked = [*command(), "run", "quickstart", "--quiet", "--folder", str(place / "run")]
     before, begun = os.times(), time.perf_counter()
     with started(asked, place) as process:
         while not round_done(place / "run" / "metrics.jsonl"):
@@ -102,14 +119,16 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
     count, rows = QUICK if quick else REPEATS, []
     for name, until, work, goal in (
         ("fedllm --help", "its end", shown, HELP),
+        ("imports alone", "its end", imported, None),
         ("fedllm run quickstart", "its first round is done", first_round, FIRST),
     ):
         found = repeated(work, count)
         cells = []
         for values in zip(*found, strict=True):
             cells.append(f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-        reached = statistics.median(wall for wall, _ in found) < goal
-        rows.append((name, until, *cells, str(count), f"{goal:g}", "reached" if reached else "missed"))
+        reached = goal is not None and statistics.median(wall for wall, _ in found) < goal
+        verdict = ("", "") if goal is None else (f"{goal:g}", "reached" if reached else "missed")
+        rows.append((name, until, *cells, str(count), *verdict))
     return rows
 
 

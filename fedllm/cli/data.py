@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fedllm.cli import complete, screen
+from fedllm.cli.late import Group
 from fedllm.cli.running import Json
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
@@ -24,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="How rows are split into clients; groups on disk.", no_args_is_help=True)
+    group = Group(help="How rows are split into clients; groups on disk.", no_args_is_help=True)
     group.command("stats")(stats)
     group.command("build")(build)
     group.command("stream")(stream)

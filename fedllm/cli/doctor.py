@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,6 +155,8 @@ def show(found: list[Finding]) -> None:
 
 def machine() -> Iterator[Finding]:
     """What is installed and what this machine has."""
+    from importlib.metadata import version
+
     from fedllm.report.words import bytes_text
 
     yield Finding("fedllm", "ok", f"{version('fedllm')}, Python {platform.python_version()}, {platform.platform()}")
@@ -174,6 +175,8 @@ def machine() -> Iterator[Finding]:
 
 def _libraries() -> Finding:
     """Whether the versions installed are those that fedllm accepts."""
+    from importlib.metadata import requires
+
     from packaging.requirements import Requirement
 
     texts, wrong = [], []
@@ -192,6 +195,8 @@ def _libraries() -> Finding:
 
 
 def _extras() -> Iterator[Finding]:
+    from importlib.metadata import metadata, requires
+
     from packaging.requirements import Requirement
 
     lines = [Requirement(line) for line in requires("fedllm") or []]
@@ -235,6 +240,8 @@ def _bundled() -> Finding:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fedllm.cli import catalogue, dash, data, deploy, doctor, results, running, scaffold, screen
+from fedllm.cli import catalogue, dash, data, deploy, doctor, late, results, running, scaffold, screen
 
 CRASHED = 70
 """Exit code of an unexpected exception (EX_SOFTWARE of sysexits.h)."""
@@ -117,7 +117,7 @@ def show_fault(fault: Any, debug: bool = False) -> int:
     return CRASHED
 
 
-app = typer.Typer(
+app = late.Group(
     name="fedllm",
     cls=Commands,
     help="Train, prompt and evaluate one language model together, without sharing data.",

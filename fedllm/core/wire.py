@@ -208,7 +208,7 @@ def _buffer(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     known = tensor if tensor.dtype != torch.bfloat16 else tensor.view(torch.int16)  # NumPy has no bfloat16
-    return memoryview(known.numpy()).cast("B")
+    return known.numpy().data.cast("B")
 
 
 def _structure(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -95,7 +95,7 @@ def test_too_little_memory_is_a_problem(place, monkeypatch):
 
 
 def test_a_library_outside_its_range_is_a_problem(monkeypatch):
-    monkeypatch.setattr(doctor, "requires", lambda _: ["torch>=99", "nothing-like-this>=1"])
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: ["torch>=99", "nothing-like-this>=1"])
     found = doctor._libraries()
     assert found.verdict == "problem"
     assert "torch>=99 is needed" in found.text and "nothing is installed" in found.text

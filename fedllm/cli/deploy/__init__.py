@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 
 from fedllm.cli.deploy import audit, join, keys, network, process, runs
+from fedllm.cli.late import Group
 
 PANEL = "Across sites"
 """The commands' panel in the help."""
@@ -16,7 +17,7 @@ PANEL = "Across sites"
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="A run across sites: kits, server, runs, logs.", no_args_is_help=True)
+    group = Group(help="A run across sites: kits, server, runs, logs.", no_args_is_help=True)
     group.command("provision")(network.provision)
     group.command("add-site")(network.add_site)
     group.command("request")(keys.request)
@@ -31,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
     group.command("resume")(runs.resume)
     group.command("fetch")(runs.fetch)
     group.command("revoke")(runs.revoke)
-    logs = typer.Typer(help="Audit logs of server and sites.", no_args_is_help=True)
+    logs = Group(help="Audit logs of server and sites.", no_args_is_help=True)
     logs.command("verify")(audit.verify)
     logs.callback()(_logs)
     group.add_typer(logs, name="audit")
