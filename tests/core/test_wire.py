@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.core import wire
 from fedllm.core.errors import ConfigError, DecodeError
 from fedllm.core.message import (
     PARTS,
@@ -34,7 +35,7 @@ from fedllm.core.message import (
 )
 from fedllm.core.reducer import OwnedSum, Update
 from fedllm.core.view import View
-from fedllm.core.wire import DTYPES, HEADER_LIMIT, VERSION, _file, decode, encode, size_by_part
+from fedllm.core.wire import DTYPES, HEADER_LIMIT, VERSION, Decoder, _file, decode, encode, size_by_part
 
 DTYPE_LIST = sorted(DTYPES, key=str)
 
@@ -678,3 +679,21 @@ def test_errors_name_the_fault_and_what_to_do() -> None:
         decode(forged(version=2))
     with pytest.raises(DecodeError, match=r"claims a header of 1000 bytes and has 2"):
         decode(CASES["header longer than the file"])
+
+
+def test_one_body_read_for_many_is_read_once_and_shared_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    whole = wire.load
+    monkeypatch.setattr(wire, "load", lambda data: (reads.append(len(data)), whole(data))[1])
+    body = encode(Received({"w": torch.arange(3.0)}, {"list": [1, 2]}, said=Texts(("one",))))
+    read = Decoder()
+    first, second = read(body), read(body)
+    assert len(reads) == 1 and same(first, second) and same(first, decode(body))
+    first["params"]["w"].zero_()
+    first.numbers["list"].append(3)
+    assert same(second, decode(body)) and same(read(body), second)
+    other = encode(Received({"w": torch.ones(2)}))
+    assert same(read(other), decode(other)) and same(read(body), second)
+    with pytest.raises(DecodeError):
+        read(body[:-1])
+    assert same(read(body), second), "what could not be read is not kept"
