@@ -8,6 +8,7 @@ fedllm/engine/rounds.py for what happens in a round.
 from __future__ import annotations
 
 import asyncio
+import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from fedllm.engine.folder import Checkpoint, RunFolder
 from fedllm.engine.lasting import FILE as PRIVACY
 from fedllm.engine.lasting import lasting
 from fedllm.engine.local import LocalEngine, LocalWorker
+from fedllm.engine.passes import Passes
 from fedllm.engine.rounds import RoundRecord, evaluate, play_round
 from fedllm.engine.width import Width, choose
 from fedllm.evaluate import total
@@ -225,6 +227,8 @@ def resume(folder: str | Path, *, data: Data | None = None, watch: Watch | None 
     settled = load_recipe(place.path / "recipe.yaml")
     ground = prepare(settled, data)
     same_ground(place, ground)
+    same_data(place, ground)
+    ground.width = kept_width(place) or ground.width
     return play(ground, place, watch or Watch(), debug)
 
 
@@ -391,6 +395,13 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
     sizes, found = {client: federation.size(client) for client in federation.client_ids}, Guard()
     if recipe.spare:
         _sparing(recipe, method)
+    if recipe.deadline is not None and isinstance(method, Protocol):
+        raise ModeConflict(
+            f"deadline={recipe.deadline:g} is given, and {method.key} is a protocol.",
+            "It asks whom it needs, and waits for them; a round with a deadline is for methods.",
+            "method.deadline" if "deadline" in type(method).model_fields else None,
+            "Leave out 'deadline'.",
+        )
     if recipe.privacy is not None:
         from fedllm.modes.privacy.guard import guard_of as private
 
@@ -577,6 +588,7 @@ class Leg:
         self.failures = 0
         self.stopped: str | None = None
         self.report: Any = None
+        self.before = 0.0
 
     async def play(self, trackers: Sequence[Any] = ()) -> bool:
         """Play the rounds that are left; True where the last one was reached."""
@@ -584,6 +596,8 @@ class Leg:
         self.watch.leg(self.name, rounds, self.state.round)
         if isinstance(self.method, Protocol):
             return await self._program(self.method, done)
+        if done and self.state.round < rounds:  # it was ended early, and would be again
+            self.stopped = self.server.guard.stops(self.state.round + 1)
         while self.state.round < rounds and not done:
             if self.watch.stop:
                 break
@@ -690,7 +704,7 @@ class Leg:
         if checkpoint is None:
             self.folder.forget(self.name)
             return False
-        self.state, self.server.meter = checkpoint.state, checkpoint.meter
+        self.state, self.server.meter, self.before = checkpoint.state, checkpoint.meter, checkpoint.meter.seconds
         self.stores.restore(checkpoint.private)
         if checkpoint.guard is not None or checkpoint.remembered:
             self.server.guard.restore(checkpoint.guard, checkpoint.remembered)
@@ -799,7 +813,7 @@ def _table(
         "clients": {client: ground.federation.names.get(client, client) for client in ground.federation.client_ids},
         "bytes": {"up": travelled(meter, "up"), "down": travelled(meter, "down")},
         "tokens": meter.tokens,
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - begun + sum(leg.before for leg in legs),
         "guard": first.server.guard.told(),
         "guarantee": first.server.guard.report(),
         "cohort_width": {"clients": ground.width.clients, "why": ground.width.why},
@@ -853,6 +867,13 @@ def environment(ground: Ground) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(ground.learner.device),
         "seed": ground.recipe.seed,
+        "width": {
+            "clients": ground.width.clients,
+            "why": ground.width.why,
+            "stack": ground.width.stack,
+            "fixed": ground.width.passes.fixed,
+            "limit": ground.width.passes.limit,
+        },
         "model": {
             "name": loaded.name,
             "family": loaded.family,
@@ -881,3 +902,25 @@ def same_ground(folder: RunFolder, ground: Ground) -> None:
     changed = [n for n, v in now["versions"].items() if before.get("versions", {}).get(n) not in (None, v)]
     if changed:
         ground.warnings.append(f"Resumed with other versions of {', '.join(changed)}: the last bits may differ.")
+
+
+def same_data(folder: RunFolder, ground: Ground) -> None:
+    """Refuse to go on with other data than the run began with, as far as their statistics tell."""
+    found = folder.read_json("partition.json"), json.loads(json.dumps(statistics(ground.federation).to_dict()))
+    before, now = ((one or {}).get("clients", {}) for one in found)
+    differ = sorted(client for client in {*before, *now} if before.get(client) != now.get(client))
+    if found[0] is None or not differ:
+        return
+    raise ConfigError(
+        f"The data are not those this run began with: client '{differ[0]}' has other rows.",
+        f"{len(before)} clients were there and {len(now)} are; {len(differ)} of them differ.",
+        action="Restore the earlier data, or start a new run.",
+    )
+
+
+def kept_width(folder: RunFolder) -> Width | None:
+    """How clients shared passes when the run began: another width gives other last bits."""
+    found = (folder.read_json("environment.json") or {}).get("width")
+    if found is None:
+        return None
+    return Width(found["clients"], found["why"], found["stack"], Passes(found["fixed"], found["limit"]))

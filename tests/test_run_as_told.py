@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import fedllm
 from fedllm.core.errors import ConfigError, ModeConflict, RoundFailed
 from fedllm.core.work import Fit
-from fedllm.engine import together
-from fedllm.engine.local import LocalWorker
+from fedllm.engine.job import Job, alike
+from fedllm.engine.local import LocalEngine, LocalWorker
+from fedllm.engine.passes import Passes
+from fedllm.engine.width import Width
 from fedllm.methods import find
 from fedllm.profit import profit
 from fedllm.recipe import load_recipe
-from fedllm.run import method_of, prepare, resume, run
+from fedllm.run import Watch, method_of, prepare, resume, run
 
 RECIPE: dict[str, Any] = {
     "name": "told", "rounds": 1, "method": {"name": "fedavg"}, "model": {"name": "toy:llama"},
@@ -47,6 +50,66 @@ def _nobody(self: LocalWorker, requests: Any) -> Any:
     from fedllm.core.server import Reply
 
     return iter([Reply(one.id, one.client, None, "out of memory") for one in requests])
+
+
+def begun(folder: Path, **changes: Any) -> Path:
+    """A run of three rounds that was stopped after the first."""
+
+    class Stop(Watch):
+        def round(self, name: str, record: Any, values: Any) -> None:
+            self.stop = True
+
+    assert not run({**RECIPE, "rounds": 3, **changes}, data=clients(), folder=folder, watch=Stop()).finished
+    return folder
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    folder, other = begun(tmp_path / "run"), clients()
+    other["b"]["train"].append({"instruction": "say", "response": "more"})
+    with pytest.raises(ConfigError, match=r"client 'b' has other rows") as refused:
+        resume(folder, data=other)
+    assert "3 clients were there and 3 are; 1 of them differ" in str(refused.value)
+    del other["d"]
+    with pytest.raises(ConfigError, match="3 clients were there and 2 are; 2 of them differ"):
+        resume(folder, data=other)
+    assert resume(folder, data=clients()).finished
+
+
+def test_a_run_goes_on_with_the_width_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine, or an empty cache, would choose another width, and that gives other last bits."""
+    used: list[Any] = []
+    monkeypatch.setattr(LocalEngine, "__init__", _noting(LocalEngine.__init__, used))
+    first = Width(2, "it was measured", 3, Passes(64, 512))
+    monkeypatch.setattr(sys.modules["fedllm.run"], "choose", lambda *_: first)
+    folder = begun(tmp_path / "run")
+    monkeypatch.setattr(sys.modules["fedllm.run"], "choose", lambda *_: Width(1, "another machine"))
+    resume(folder, data=clients())
+    assert used == [first, first]
+
+
+def _noting(function: Any, used: list[Any]) -> Any:
+    def noting(self: LocalEngine, worker: Any, client_ids: Any, width: Any = 1) -> None:
+        used.append(width)
+        function(self, worker, client_ids, width)
+
+    return noting
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_parts(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", evaluation={"against": ["local"]})
+    found = resume(folder, data=clients())
+    again = resume(folder, data=clients())
+    rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    spent = sum(one["seconds"] for one in rounds if one["event"] == "round")
+    assert len({one["round"] for one in rounds}) == 3
+    assert found.table["seconds"] > spent * 0.9 and again.table["seconds"] > spent * 0.9
+
+
+@pytest.mark.parametrize(("method", "near"), [("decentralized-gossip", "method.deadline"), ("fed-sp-sc", None)])
+def test_a_deadline_of_rounds_is_refused_where_there_are_none(method: str, near: str | None) -> None:
+    with pytest.raises(ModeConflict, match=f"deadline=5 is given, and {method} is a protocol") as refused:
+        prepare(load_recipe({**RECIPE, "method": {"name": method}, "deadline": 5.0}), clients())
+    assert refused.value.nearest == near
 
 
 def test_models_to_compare_with_train_as_the_method_is_told_to() -> None:
@@ -116,10 +179,10 @@ def test_clients_with_and_without_a_memory_of_momentum_do_not_share_a_pass() -> 
     start = {"w": torch.zeros(2)}
 
     def job(moments: dict[str, Any]) -> Any:
-        return together.Job(Fit(start, method.train, moments=moments), "a", 0, 1, 1, lambda _: [], {})
+        return Job(Fit(start, method.train, moments=moments), "a", 0, 1, 1, lambda _: [], {})
 
-    assert together.alike(job({})) != together.alike(job({"momentum_buffer.w": torch.ones(2)}))
-    assert together.alike(job({})) == together.alike(job({}))
+    assert alike(job({})) != alike(job({"momentum_buffer.w": torch.ones(2)}))
+    assert alike(job({})) == alike(job({}))
 
 
 def test_compare_asks_what_a_run_asks() -> None:

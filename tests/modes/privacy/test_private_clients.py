@@ -260,6 +260,8 @@ def test_a_run_ends_where_the_budget_does_and_resumes_to_the_same(tmp_path: Path
     for name, tensor in whole.state.params.items():
         assert torch.equal(tensor, parts.state.params[name])
     assert any("Differential privacy: epsilon" in text for text in whole.sentences)
+    again = resume(tmp_path / "whole", data=data)
+    assert again.table["warnings"] == whole.table["warnings"], "why it ended is told again"
     with pytest.raises(ModeConflict):
         run({**recipe, "method": "fedavg"}, data=data, folder=tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
