@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -323,20 +324,31 @@ def from_files(path: str, columns: Mapping[str, str] | None = None) -> Dataset:
     options: dict[str, Any] = {"sep": separator, "keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
     if kind == "csv":
         options["converters"] = dict.fromkeys(_text_columns(columns or {}), _cell)
-    import datasets
-
     try:
         with _quiet():
             if kind == "parquet":
                 files = [_unpacked(file) for file in files]
             names = [glob.escape(str(file.resolve())) for file in files]
-            table = datasets.load_dataset(kind, data_files=names, split="train", **options)
+            table = _read(kind, names, options)
             table.data.validate(full=True)  # the JSON reader lets bytes through that are not UTF-8
     except Exception as fault:
         raise _unreadable(path, files, kind, fault) from fault
     if not len(table):
         raise DataError(f"{path} has no rows.", "At least one row is needed.")
     return table
+
+
+def _read(kind: str, names: list[str], options: Mapping[str, Any]) -> Dataset:
+    """Read files of a kind; the columns of a .csv file are numbers where all of their values are."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(kind, data_files=names, split="train", **options)
+    except datasets.exceptions.DatasetGenerationError:
+        if kind != "csv":
+            raise
+        # Types were guessed from the first 10,000 rows, and some later row is of another: look at all at once.
+        return datasets.load_dataset(kind, data_files=names, split="train", chunksize=sys.maxsize, **options)
 
 
 def find_files(path: str) -> list[Path]:

@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from fedllm.core.errors import ConfigError, DataError
-from fedllm.data.load import Rows, arrange, load_rows
+from fedllm.data.load import Rows, arrange, from_files, load_rows
 from fedllm.data.settings import DataSettings
 
 IID = {"by": "iid", "clients": 1}
@@ -413,3 +413,17 @@ def test_organisations_hold_out_the_same_documents_whatever_is_trained_on():
     assert not {row["instruction"] for row in few.read(few.held_out)} & {
         row["instruction"] for row in many.read(many.strata[0])
     }
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "first", "last"), [("", "words", None, "words"), ("1", "2.5", 1.0, 2.5), ("1", "n/a", "1", "n/a")]
+)
+def test_a_csv_column_is_what_all_of_its_rows_are(
+    tmp_path: Path, early: str, late: str, first: object, last: object
+) -> None:
+    """Types were guessed from the first 10,000 rows, and a later one of another type ended the reading."""
+    file = tmp_path / "rows.csv"
+    lines = ["text,extra", *(f"row {n},{early if n < 10_500 else late}" for n in range(11_000))]
+    file.write_text("\n".join(lines))
+    table = from_files(str(file))
+    assert len(table) == 11_000 and (table[0]["extra"], table[10_999]["extra"]) == (first, last)
