@@ -40,6 +40,11 @@ class ChoosesLayers(Method, abstract=True):
     score_rows: int = Field(8, ge=2)
     """Rows of a client's scoring batch, and of the loss whose spectrum is taken."""
 
+    def idle(self) -> dict[str, str]:
+        """A share that is given needs no spectrum."""
+        why = "It is for measuring the share of the layers, and method.share is given"
+        return {} if self.share is None else {"warm_up": why, "lanczos": why}
+
     async def prepare(self, server: Server, state: State) -> State:
         """Choose the layers: rank them, and take as many as the spectrum of the loss says."""
         layers = depth(state.params)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from fedllm.core.card import Card
+from fedllm.core.errors import ConfigError
 from fedllm.core.message import Received, Upload
 from fedllm.core.reducer import Mean, Reducer, Reducers, Update, Weighting
 from fedllm.core.registry import register
@@ -78,6 +79,20 @@ class Method(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         if not abstract:
             cls.key = register("method", cls)
+
+    def idle(self) -> dict[str, str]:
+        """Options that the other options leave without effect, and why: to give one is a mistake."""
+        return {}
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Method:
+        for name in self.idle().keys() & self.model_fields_set:
+            raise ConfigError(
+                f"method.{name}={getattr(self, name)} is given and would have no effect.",
+                f"{self.idle()[name]}.",
+                action=f"Leave out method.{name}.",
+            )
+        return self
 
     def trainable(self, name: str) -> bool:
         """Whether the trainable tensor `name` moves and travels; the others stay at their first value everywhere."""

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from fedllm.core import registry
 from fedllm.core.card import Card
+from fedllm.core.errors import ConfigError
 from fedllm.core.message import Dense, Received, Upload
 from fedllm.core.method import Method, on_client
 from fedllm.core.protocol import Protocol
@@ -20,7 +21,7 @@ from fedllm.core.reducer import Collect, Mean, Reducers, Update
 from fedllm.core.seeds import numpy_stream
 from fedllm.core.state import State
 from fedllm.core.train import Train
-from fedllm.methods import methods
+from fedllm.methods import find, methods
 
 CARD = Card(title="T - test", paper="none", cells=("2.1",), travels="nothing", claim="none")
 
@@ -226,3 +227,29 @@ def test_protocols_have_client_functions_too() -> None:
         Vote(ballot=3)  # type: ignore[call-arg]
     with pytest.raises(NotImplementedError, match="must define play"):
         Vote().play(None, State({})).send(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "name"),
+    [
+        ("fedadagrad", {"beta1": 0.5}, "beta1"),
+        ("fedadagrad", {"beta2": 0.9}, "beta2"),
+        ("profit", {"tau": 0.1}, "tau"),
+        ("profit", {"server": "sgd", "convention": "paper"}, "convention"),
+        ("fedmezo", {"spread": 0.2}, "spread"),
+        ("fedpeptao", {"share": 0.5, "lanczos": 10}, "lanczos"),
+    ],
+)
+def test_an_option_without_effect_is_refused(key: str, options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.{name}=.* would have no effect") as refused:
+        find(key)(**options)
+    assert f"Leave out method.{name}" in str(refused.value)
+    others = {option: value for option, value in options.items() if option != name}
+    assert find(key)(**others).model_copy() is not None
+
+
+def test_an_option_with_effect_is_taken() -> None:
+    assert find("profit")(server="adam", tau=0.1).tau == 0.1
+    assert find("fedmezo")(rates="random", spread=0.2).spread == 0.2
+    assert find("fedpeptao")(lanczos=10).lanczos == 10
+    assert find("fedadam")(beta1=0.5, beta2=0.9).beta2 == 0.9

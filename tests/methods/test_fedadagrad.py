@@ -32,12 +32,6 @@ def test_against_plain_numbers(script: Any, convention: Any) -> None:
         assert states[number + 1].memory["m"]["w"].item() == pytest.approx(d)
 
 
-def test_beta1_has_no_effect(script: Any) -> None:
-    """The paper sets b1 = 0 for Adagrad."""
-    a = script(FedAdagrad(beta1=0.9), [1.0, -0.5])[-1].params["w"].item()
-    assert a == script(FedAdagrad(beta1=0.0), [1.0, -0.5])[-1].params["w"].item()
-
-
 def test_the_mean_is_uniform_by_default() -> None:
     assert FedAdagrad().weighting == "uniform"
     assert FedAdagrad().tau == 1e-3

@@ -21,6 +21,11 @@ class FedAdagrad(AdaptiveServer):
         status="verified",
     )
 
+    def idle(self) -> dict[str, str]:
+        """Adagrad forgets nothing and has no momentum."""
+        why = "Adagrad adds up all squares and has no momentum; fedadam and fedyogi have both decays"
+        return {"beta1": why, "beta2": why}
+
     def first_decay(self) -> float:
         """b1 = 0: m is the change itself."""
         return 0.0

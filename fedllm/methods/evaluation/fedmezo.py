@@ -62,6 +62,10 @@ class FedMeZO(Method):
     upload: Literal["change", "pairs"] = "change"
     """What comes up: the change of the tensors, or a (seed, step) pair for each step."""
 
+    def idle(self) -> dict[str, str]:
+        """One rate for all has no spread."""
+        return {"spread": "method.rates=frozen gives all clients the rate train.lr"} if self.rates == "frozen" else {}
+
     @model_validator(mode="after")
     def _fits(self) -> FedMeZO:
         decays = {} if self.upload == "pairs" else {"weight_decay": 0.0}

@@ -47,6 +47,11 @@ class Profit(AdaptiveServer):
     server_lr: float = Field(1.0, gt=0)
     """The server's rate; 1 with fedavg and sgd is plain averaging, Adam wants about 0.01."""
 
+    def idle(self) -> dict[str, str]:
+        """Plain steps have no moments."""
+        why = "It is an option of method.server=adam, and method.server is sgd"
+        return dict.fromkeys(("beta1", "beta2", "tau", "convention"), why) if self.server == "sgd" else {}
+
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
         """Local training, or minus the gradient."""
