@@ -64,20 +64,16 @@ class FedMeZO(Method):
 
     def idle(self) -> dict[str, str]:
         """One rate for all has no spread."""
-        return {"spread": "method.rates=frozen gives all clients the rate train.lr"} if self.rates == "frozen" else {}
+        return {"spread": "All clients have one rate with method.rates=frozen"} if self.rates == "frozen" else {}
 
     @model_validator(mode="after")
     def _fits(self) -> FedMeZO:
-        decays = {} if self.upload == "pairs" else {"weight_decay": 0.0}
-        plain_steps(
-            self.train.model_copy(update=decays), "a zeroth-order step is plain and of the rate the server sets"
-        )
+        train = self.train if self.upload == "pairs" else self.train.model_copy(update={"weight_decay": 0.0})
+        plain_steps(train, "a zeroth-order step is plain and of the rate the server sets")
         if self.upload == "pairs" and self.rates == "model-diff":
-            raise ConfigError(
-                "method.rates=model-diff looks at each client's change, and method.upload=pairs sends none.",
-                "Rates for pairs: frozen, random, round-wise, five-round.",
-                action="Set method.upload=change.",
-            )
+            what = "method.rates=model-diff looks at each client's change, and method.upload=pairs sends none."
+            rest = "Rates for pairs: frozen, random, round-wise, five-round."
+            raise ConfigError(what, rest, action="Set method.upload=change.")
         return self
 
     async def prepare(self, server: Server, state: State) -> State:
