@@ -22,6 +22,8 @@ from fedllm.core.message import PARTS, Message, Received, Upload
 VERSION = 1
 HEADER_LIMIT = 64 * 1024 * 1024
 """The largest header accepted, in bytes; a header names every tensor."""
+HELD_LIMIT = 64 * 1024 * 1024
+"""The largest message of which a :class:`Decoder` keeps a copy, in bytes."""
 
 _NAMES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
@@ -117,7 +119,7 @@ class Decoder:
     """Decodes one body after the other; of the very same body it gives copies and does not read it again.
 
     So what many clients receive is read once, and none of them shares a tensor with another. It holds the last body:
-    use it for one round of questions, and let it go.
+    use it for one round of questions, and let it go. A large one is not held, but read each time.
     """
 
     def __init__(self) -> None:
@@ -125,6 +127,8 @@ class Decoder:
 
     def __call__(self, data: bytes) -> Message:
         """See :func:`decode`."""
+        if len(data) > HELD_LIMIT:
+            return decode(data)
         if data is not self._body:
             header, _ = _structure(data)
             self._body, self._text, self._tensors = data, header["__metadata__"]["fedllm"], _tensors(data)

@@ -219,7 +219,7 @@ class _Fit:
 
     def _rows(self, tree: Tensors) -> Tensors:
         """The rows of the clients that still train."""
-        return {name: tensor[self.active] for name, tensor in tree.items()}
+        return taken(tree, self.active)
 
     def _report(self, k: int) -> FitReport | FedLLMError:
         job, rows, spent = self.jobs[k], self.finished[k], self.spent[k]

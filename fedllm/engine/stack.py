@@ -182,10 +182,10 @@ def _block(
     with torch.no_grad():
         if all(tree[name].shape == place.shape for tree in trees for name, place in own.items()):
             flat = [
-                [tree[name].to(device, dtype).reshape(1, place.size) for name, place in own.items()] for tree in trees
+                [tree[name].to("cpu", dtype).reshape(1, place.size) for name, place in own.items()] for tree in trees
             ]
             rows = [_lines(row, width) for row in flat]
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
+            return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(device)
         block = torch.zeros(len(trees), width, dtype=dtype, device=device)
         for name, place in own.items():
             view = place.view({dtype: block})

@@ -697,3 +697,7 @@ def test_one_body_read_for_many_is_read_once_and_shared_by_nobody(monkeypatch: p
     with pytest.raises(DecodeError):
         read(body[:-1])
     assert same(read(body), second), "what could not be read is not kept"
+    monkeypatch.setattr(wire, "HELD_LIMIT", len(body) - 1)
+    before = len(reads)
+    large = Decoder()
+    assert same(large(body), large(body)) and len(reads) == before + 2 and not large._tensors
