@@ -15,6 +15,8 @@ QUESTION = "How much faster is a cohort in one pass, and how near is it to one p
 HEAD = ("model", "clients x batch x tokens", "width", "over one by one (wall)", "share of the limit (wall)", "auto")
 CASES = (("0.3 M", 16, 1, 32), ("1 M", 16, 1, 64), ("3.4 M", 16, 1, 128), ("3.4 M", 8, 2, 128), ("3.4 M", 4, 16, 128))
 STEPS = 4
+REPEATS, MANY, SHORT = 5, 15, 1024
+"""Measurements of a case, and of one whose steps have at most SHORT tokens: there, other work shows in each."""
 
 
 def measure(quick: bool = False) -> list[tuple[str, ...]]:
@@ -29,7 +31,8 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
         examples = [e for held in data.values() for e in model.prepare(held)]
         plain = PlainLoop(SIZES[name], 8, batches(examples, batch * clients))
         works = {width: (lambda play=play: play.rounds(1)) for width, play in plays.items()}
-        costs = interleaved({**works, "limit": lambda plain=plain: plain.steps(STEPS)}, 2 if quick else 5)
+        repeats = 2 if quick else MANY if clients * batch * length <= SHORT else REPEATS
+        costs = interleaved({**works, "limit": lambda plain=plain: plain.steps(STEPS)}, repeats)
         chosen = choose("auto", model, plays["1"].worker.rows, train, clients)
         for width in plays:
             auto = f"chosen: {chosen.why}" if int(width) == chosen.clients else ""

@@ -14,6 +14,8 @@ QUESTION = "What does fedllm cost over a plain loop, one client at a time?"
 HEAD = ("model", "batch x tokens", "local steps", "CPU ratio", "wall ratio", "CPU s per client turn over plain")
 CASES = (("3.4 M", 16, 128, 10), ("3.4 M", 16, 128, 1), ("0.3 M", 1, 32, 10), ("0.3 M", 1, 32, 1))
 CLIENTS = 4
+REPEATS, MANY = 5, 25
+"""Measurements of a long case, and of one so short that other work on the machine shows in each."""
 
 
 def measure(quick: bool = False) -> list[tuple[str, ...]]:
@@ -25,7 +27,8 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
         train = Train(steps=steps, batch_size=batch, lr=1e-3)
         play = Play(FedAvg(train=train), model, data, width=1, rounds=1000)
         plain = PlainLoop(SIZES[name], 8, batches(model.prepare(data["c0"]), batch))
-        often = 1 if batch > 1 else 8  # a short case is repeated, so that the clock can see it
+        long = batch > 1
+        often = 1 if long else 4  # a short case is repeated, so that the clock can see it
 
         def fed(play: Play = play, often: int = often) -> None:
             play.rounds(often)
@@ -34,7 +37,7 @@ def measure(quick: bool = False) -> list[tuple[str, ...]]:
             for _ in range(CLIENTS * often):
                 plain.steps(steps)
 
-        costs = interleaved({"fedllm": fed, "plain": loop}, 2 if quick else 5)
+        costs = interleaved({"fedllm": fed, "plain": loop}, 2 if quick else REPEATS if long else MANY)
         over = (seconds(costs["fedllm"], "cpu") - seconds(costs["plain"], "cpu")) / (CLIENTS * often)
         ratios = ratio(costs, "fedllm", "plain"), ratio(costs, "fedllm", "plain", "wall")
         rows.append((name, f"{batch} x {length}", str(steps), *ratios, f"{over:.4f}"))
