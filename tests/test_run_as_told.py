@@ -158,7 +158,8 @@ def test_methods_without_a_shared_model_leave_no_adapter(tmp_path: Path) -> None
 def test_bytes_of_all_that_a_method_asks_for_are_counted(tmp_path: Path) -> None:
     method = {"name": "fedpeptao", "warm_up": 2, "lanczos": 2, "score_rows": 2}
     recipe = {**RECIPE, "method": method, "adapter": {"kind": "prefix"}}
-    chosen = run({**recipe, "method": {**method, "share": 1.0}}, data=clients(), folder=tmp_path / "chosen")
+    known = {"name": "fedpeptao", "score_rows": 2, "share": 1.0}
+    chosen = run({**recipe, "method": known}, data=clients(), folder=tmp_path / "chosen")
     warmed = run(recipe, data=clients(), folder=tmp_path / "warmed")
     assert warmed.table["bytes"]["up"] > 2 * chosen.table["bytes"]["up"]  # two warm-up rounds, and what was measured
 
