@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,8 @@ def play(case: Case, folder: Path) -> dict[str, float]:
 
     train = Train(steps=2, batch_size=1, lr=1e-3)
     method = InTurn(train=train, rank=case.personal) if case.personal else Keeping(train=train, kept=case.kept)
-    model = learner(
-        SIZES["0.3 M"], case.rank, case.tokens, case.vocabulary, targets="all-linear", personal=case.personal
-    )
+    size = replace(SIZES["0.3 M"], vocabulary=case.vocabulary)
+    model = learner(size, case.rank, case.tokens, targets="all-linear", personal=case.personal)
     rows = Made()
     worker = LocalWorker(model, method, rows, 0, folder if case.disk else None)
     server = Server(LocalEngine(worker, rows.client_ids, COHORT), 0, rounds=case.rounds)

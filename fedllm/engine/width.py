@@ -38,6 +38,8 @@ WIDEST = 64
 """The widest pass that is tried."""
 GAIN = 0.98
 """A wider pass must take at most this share of the time per client."""
+WORTH = 1.1
+"""Sharing must take so many times less than one by one, or clients take turns: less is what a clock misjudges."""
 PATIENCE = 1.5
 """Seconds after which nothing wider is tried."""
 ROOM = 0.6
@@ -136,7 +138,7 @@ def _key(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) ->
     weights = None if model is None else [type(model).__name__, sum(p.numel() for p in model.parameters())]
     place = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else _processor()
     steps = [[example.tokens for example in batch] for batch in batches]
-    facts = [place, torch.get_num_threads(), torch.__version__, shapes, weights, steps, widest]
+    facts = [place, torch.get_num_threads(), torch.__version__, shapes, weights, steps, widest, GAIN, WORTH]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -166,6 +168,8 @@ def _measure(learner: Learner, batches: Sequence[Sequence[Example]], widest: int
         if width == widest or time.perf_counter() - begun > PATIENCE:
             break
         width = min(2 * width, widest)
+    if best > 1 and times[1] * best < WORTH * times[best]:
+        best, stopped = 1, "more gains next to nothing"
     tokens = _tokens(batches[0])
     last = max(times)
     each = max((times[last] - times[1]) / (last - 1), 1e-9) if last > 1 else times[1]

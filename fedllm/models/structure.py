@@ -174,6 +174,15 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def last_feed_forward(model: nn.Module) -> str | None:
+    """The name of the last block's feed-forward part, where nothing of the base comes behind it; None elsewhere."""
+    names = list(linears(model))
+    owner = names[-1].rpartition(".")[0] if names and role(names[-1]) == "down" else ""
+    own = [name for name in names if owner and _inside(name, {owner})]
+    alone = own == names[len(names) - len(own) :] and all(role(name) in ("up", "down") for name in own)
+    return owner if own and alone else None
+
+
 def mark_fresh(model: nn.Module, parameters: Iterable[str]) -> None:
     """Record on `model` which parameters were not in the loaded weights but made anew."""
     setattr(model, _FRESH, tuple(sorted(parameters)))

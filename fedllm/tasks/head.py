@@ -1,14 +1,15 @@
 """Head - a language model's logits: only where there are labels, and of a large vocabulary a stretch at a time.
 
-Hidden states without a label are left out in front of the output layer. Where the logits of a pass would still be many
-numbers, the trunk runs once, and what is behind it runs on one stretch of positions after another: the model's own
-code with its trunk replaced, so that what it does behind the output layer (scaling, capping) is done. Both are tried
-out when the model is loaded, and not used where they give other logits.
+Hidden states without a label are left out in front of the output layer, and in front of the last block's feed-forward
+part, behind which no position looks at another. Where the logits of a pass would still be many numbers, the trunk runs
+once, and what is behind it runs on one stretch of positions after another: the model's own code with its trunk
+replaced, so that what it does behind the output layer (scaling, capping) is done. All is tried out when the model is
+loaded, and not used where it gives other logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from fedllm.models.adapters.attach import Adapted
+from fedllm.models.structure import last_feed_forward
 
 STRETCH = 2**25
 """Most logits that are there at once: 128 MiB in float32, and as much again for their slopes."""
@@ -36,14 +38,17 @@ class Head:
 
     Attributes:
         selective: logits are computed only where they are wanted.
+        narrow: so is the last block's feed-forward part.
         stretched: they can be computed from hidden states alone, a stretch at a time.
         notes: what a user should know.
     """
 
     def __init__(self, adapted: Adapted, both_ways: bool, vocabulary: int | None) -> None:
         self.adapted, self.model, self.notes = adapted, adapted.model, list[str]()
-        self.selective = self.stretched = False
+        self.selective = self.narrow = self.stretched = False
         self._chosen: Select | None = None
+        self._needed: Select | None = None
+        self._shape: Sequence[int] = ()
         self._output: Any = None
         self._width = 1
         if vocabulary is None or self.model.get_output_embeddings() is None:
@@ -57,6 +62,7 @@ class Head:
             whole = self.model(**inputs).logits[chosen]
             self._width = whole.shape[-1]
             self.selective = self._selects(inputs, chosen, whole)
+            self.narrow = self.selective and self._narrows(inputs, chosen, whole)
             self.stretched = self.selective and not both_ways and self._continues(inputs, chosen, whole)
 
     def splits(self, count: int) -> bool:
@@ -69,29 +75,40 @@ class Head:
         return max(1, STRETCH // self._width)
 
     @contextmanager
-    def only(self, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[None]:
-        """Inside, the output layer gets the hidden states at these places alone: logits are [M, V]."""
-        before, self._chosen = self._chosen, (rows, positions)
+    def only(self, rows: torch.Tensor, positions: torch.Tensor, needed: Select | None = None) -> Iterator[None]:
+        """Inside, the output layer gets the hidden states at these places alone: logits are [M, V].
+
+        Args:
+            rows: the row of each, [M].
+            positions: its position, [M].
+            needed: where hidden states are needed; at the same places where it is not given.
+        """
+        before = self._chosen, self._needed
+        self._chosen, self._needed = (rows, positions), needed or (rows, positions)
         try:
             yield
         finally:
-            self._chosen = before
+            self._chosen, self._needed = before
 
     @contextmanager
     def everything(self) -> Iterator[None]:
         """Inside, logits are those of all positions."""
-        before, self._chosen = self._chosen, None
+        before = self._chosen, self._needed
+        self._chosen = self._needed = None
         try:
             yield
         finally:
-            self._chosen = before
+            self._chosen, self._needed = before
 
     def hidden(self, inputs: dict[str, torch.Tensor], rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the trunk gives at these places, [M, H]; the output layer runs on the first one alone."""
         found: list[Any] = []
         handle = self._trunk.register_forward_hook(lambda module, args, output: found.append(output))
         try:
-            with self.only(rows[:1], positions[:1]), self.adapted.at(rows[:1], inputs["input_ids"].shape[0]):
+            with (
+                self.only(rows[:1], positions[:1], needed=(rows, positions)),
+                self.adapted.at(rows[:1], inputs["input_ids"].shape[0]),
+            ):
                 self.adapted.call(inputs)
         finally:
             handle.remove()
@@ -133,16 +150,33 @@ class Head:
 
     def _selects(self, inputs: dict[str, torch.Tensor], chosen: Select, whole: torch.Tensor) -> bool:
         """Select in front of the output layer; works where everything behind it is element-wise."""
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(self._hook)
+        if self._tried([self.model.get_output_embeddings().register_forward_pre_hook(self._hook)], inputs, chosen, whole):
+            return True
+        self.notes.append("Logits are computed at every position: this model's output layer cannot be restricted.")
+        return False
+
+    def _narrows(self, inputs: dict[str, torch.Tensor], chosen: Select, whole: torch.Tensor) -> bool:
+        """Select in front of the last feed-forward part, where nothing in it is trained or computed a second time."""
+        name = last_feed_forward(self.model)
+        if name is None or self.adapted.recomputes or any(n.startswith(f"{name}.") for n in self.adapted.initial()):
+            return False
+        part = self.model.get_submodule(name)
+        hooks = part.register_forward_pre_hook(self._narrowed), part.register_forward_hook(self._widened)
+        return self._tried(hooks, inputs, chosen, whole)
+
+    def _tried(
+        self, hooks: Sequence[Any], inputs: dict[str, torch.Tensor], chosen: Select, whole: torch.Tensor
+    ) -> bool:
+        """Whether hooks leave the logits as they are; they are taken off where they do not."""
         try:
             with self.only(*chosen):
                 found = self.model(**inputs).logits
-        except (RuntimeError, IndexError, ValueError):
+        except (RuntimeError, IndexError, ValueError, TypeError):
             found = whole[:0]
         if _same(found, whole):
             return True
-        handle.remove()
-        self.notes.append("Logits are computed at every position: this model's output layer cannot be restricted.")
+        for hook in hooks:
+            hook.remove()
         return False
 
     def _continues(self, inputs: dict[str, torch.Tensor], chosen: Select, whole: torch.Tensor) -> bool:
@@ -159,6 +193,16 @@ class Head:
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if self._chosen is None else (args[0][self._chosen], *args[1:])
+
+    def _narrowed(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._needed is None:
+            return None
+        self._shape = args[0].shape
+        return args[0][self._needed], *args[1:]
+
+    def _widened(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """Zeros elsewhere: nobody looks there."""
+        return None if self._needed is None else output.new_zeros(self._shape).index_put(self._needed, output)
 
 
 def _same(found: torch.Tensor, whole: torch.Tensor) -> bool:

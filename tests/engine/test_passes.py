@@ -140,6 +140,7 @@ def test_the_choice_is_remembered_and_told(monkeypatch: pytest.MonkeyPatch, tmp_
     [
         ([1.0, 2.0], 1, "fills this cpu"),
         ([1.0, 1.5, 3.0], 2, "more gains nothing"),
+        ([1.0, 1.9, 3.8], 1, "more gains next to nothing"),
         ([1.0, 1.1, 1.2, 1.3, 1.5], 12, "8.0 times less"),
     ],
 )

@@ -222,6 +222,18 @@ def test_heads_of_other_families(models):
     assert structure.head(models["roberta"]) == ["classifier"]
 
 
+LAST = {
+    "llama": "model.layers.1.mlp", "gpt2": "transformer.h.1.mlp", "qwen3": "model.layers.1.mlp",
+    "phi": "model.layers.1.mlp", "falcon": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp",
+    "t5": "decoder.block.1.layer.2.DenseReluDense", "opt": None, "bart": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LAST)
+def test_the_last_feed_forward_part_is_a_module_of_its_own_or_none(models, family):
+    assert structure.last_feed_forward(models[family]) == LAST[family]
+
+
 def test_a_pooler_with_new_weights_belongs_to_the_head(tmp_path):
     source = toy_model("bert", "masked-lm")
     source.model.save_pretrained(tmp_path)

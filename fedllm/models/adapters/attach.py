@@ -105,6 +105,11 @@ class Adapted:
             return None
         return {name: parameter.detach() for name, parameter in own.items()}
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed a second time for the backward pass."""
+        return bool(self._checkpointed)
+
     def remove(self) -> None:
         """Take the adapter off the model."""
         for handle in self._attached:
