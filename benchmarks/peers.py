@@ -56,7 +56,7 @@ LETTERS = (
     Case("16 of 100 clients", "3.4 M", 100, 16, 2, 1, 128, 2),
     Case("16 of 100 clients", "0.3 M", 100, 16, 1, 2, 32, 4),
 )
-TASKS = tuple(Case("T0, 8 of 20 tasks, response only", size, 20, 8, 4, 4, 256) for size in ("3.4 M", "4.3 M"))
+TASKS = tuple(Case("T0, 4 of 20 tasks, response only", size, 20, 4, 2, 8, 512) for size in ("3.4 M", "4.3 M"))
 """The larger one has a vocabulary that takes as much of its weights as it does in models that people train."""
 PEERS = tuple(engine for engine in ENGINES if engine != "plain")
 SHORT = 3

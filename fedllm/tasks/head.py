@@ -173,7 +173,7 @@ class Head:
                 found = self.model(**inputs).logits
         except (RuntimeError, IndexError, ValueError, TypeError):
             found = whole[:0]
-        if _same(found, whole):
+        if same(found, whole):
             return True
         for hook in hooks:
             hook.remove()
@@ -187,7 +187,7 @@ class Head:
         if not all(name.startswith((f"{prefix}.", *_BEFORE)) for name in self.adapted.initial()):
             return False
         try:
-            return _same(self.logits(self.hidden(inputs, *chosen)), whole)
+            return same(self.logits(self.hidden(inputs, *chosen)), whole)
         except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError):
             return False
 
@@ -205,7 +205,8 @@ class Head:
         return None if self._needed is None else output.new_zeros(self._shape).index_put(self._needed, output)
 
 
-def _same(found: torch.Tensor, whole: torch.Tensor) -> bool:
+def same(found: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether logits are the same but for rounding."""
     return found.shape == whole.shape and torch.allclose(found, whole, rtol=1e-3, atol=1e-3)
 
 

@@ -23,6 +23,7 @@ from fedllm.models.structure import is_encoder_decoder
 from fedllm.tasks.decode import context, continue_prompts
 from fedllm.tasks.head import Head
 from fedllm.tasks.masked import MaskedLM
+from fedllm.tasks.padding import unseen
 from fedllm.tasks.settings import TaskSettings
 from fedllm.tasks.task import IGNORE, TASKS, CausalLM, Seen, Task, seen
 
@@ -91,6 +92,9 @@ class TransformerLearner:
         self._halves: dict[tuple[int, int | None], Halves] = {}
         self.head = Head(self.adapted, self._both_ways, len(self.tokenizer) if self.task.per_token else None)
         self.notes += self.head.notes
+        self._unmasked = task.kind == "causal-lm" and unseen(
+            self.adapted, len(self.tokenizer), self.tokenizer.pad_token_id
+        )
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +129,7 @@ class TransformerLearner:
         batch = self.collate(groups)
         rows, owner = batch.inputs["input_ids"].shape[0], batch.where[0]
         if self.head.splits(len(owner)):
-            hidden = self.head.hidden(batch.inputs, owner, self._positions(batch))
+            hidden = self.head.hidden(self._read(batch), owner, self._positions(batch))
             by_row = self.head.sums(
                 hidden, owner, lambda logits, at: self.task.loss_rows(logits, batch.labels[at], owner[at], rows)
             )
@@ -172,7 +176,7 @@ class TransformerLearner:
         """Counts of every row of a batch."""
         rows, owner = batch.inputs["input_ids"].shape[0], batch.where[0]
         if self.head.splits(len(owner)):
-            hidden = self.head.hidden(batch.inputs, owner, self._positions(batch))
+            hidden = self.head.hidden(self._read(batch), owner, self._positions(batch))
             parts = [seen(self.head.logits(hidden[at]), batch.labels[at]) for at in self.head.cut(len(owner))]
             found = Seen(*(torch.cat(each) for each in zip(*parts, strict=True)))
         else:
@@ -338,12 +342,17 @@ class TransformerLearner:
         """Logits of every label [M, C] and the row each belongs to [M]."""
         rows = batch.where[0]
         if not self.task.per_token:
-            return self.adapted.call(batch.inputs).logits[rows], rows
+            return self.adapted.call(self._read(batch)).logits[rows], rows
         positions = self._positions(batch)
         if self.head.selective:
             with self.head.only(rows, positions), self.adapted.at(rows, batch.inputs["input_ids"].shape[0]):
-                return self.adapted.call(batch.inputs).logits, rows
-        return self.adapted.call(batch.inputs).logits[rows, positions], rows
+                return self.adapted.call(self._read(batch)).logits, rows
+        return self.adapted.call(self._read(batch)).logits[rows, positions], rows
+
+    def _read(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The model's inputs; without a mask for padding where no text sees it."""
+        whole = {"attention_mask": torch.ones_like(batch.inputs["attention_mask"])} if self._unmasked else {}
+        return {**batch.inputs, **whole}
 
     def _positions(self, batch: Batch) -> torch.Tensor:
         """Where the model's hidden states of the labels are, behind what an adapter puts in front."""

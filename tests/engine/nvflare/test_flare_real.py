@@ -138,10 +138,12 @@ def test_server_killed_then_the_same_bits(net: Net) -> None:
 
 def test_worker_killed_then_the_run_goes_on(net: Net) -> None:
     large = {"rank": 512}  # a letter beyond parts.INLINE: it is streamed in parts
-    job = submit(net, "run-2", rounds=4, train={"steps": 15, "batch_size": 2}, adapter=large)
+    job = submit(net, "run-2", rounds=4, train={"steps": 60, "batch_size": 2}, adapter=large)
     net.after("run-2", 1)
-    time.sleep(0.3)
     worker = net.worker("site-1")
+    before = sum(worker.cpu_times()[:2])
+    while sum(worker.cpu_times()[:2]) < before + 0.2:  # in the middle of the next round's work, on any machine
+        time.sleep(0.01)
     os.kill(worker.pid, signal.SIGKILL)
     found = finished(net, job)
     rounds = net.rounds("run-2")
