@@ -193,13 +193,13 @@ def test_fedit_on_t0_tasks_as_at_home(net: Net) -> None:
 
 def test_a_site_killed_and_started_again_comes_back(net: Net) -> None:
     """Kill -9 of a whole site: the others go on, and when it is here again it is used again."""
-    submit(net, "run-3", rounds=14, train={"steps": 80, "batch_size": 2})
+    submit(net, "run-3", rounds=20, train={"steps": 160, "batch_size": 2})
     net.after("run-3", 2)
     net.running["site-2"].stop(kill=True)
     net.running["site-2"] = session.start("site-2", net.kits["site-2"])
     at_its_end(net, "run-3")
     rounds = net.rounds("run-3")
-    assert [line["round"] for line in rounds] == list(range(1, 15)), "every round is there once"
+    assert [line["round"] for line in rounds] == list(range(1, 21)), "every round is there once"
     lost = [line["round"] for line in rounds if {entry["client"] for entry in line["lost"]} == {"c1", "c4"}]
     assert lost and rounds[-1]["used"] == 5, "the site was lost, and is back"
 
