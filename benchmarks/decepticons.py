@@ -4,7 +4,7 @@
 
 The model is a GPT-2 of three layers with random weights and ReLU, over the tokenizer of fedllm-tiny: the attack needs
 learned positions, which fedllm-tiny does not have. Clients send the change of all weights after one step. Every client
-trains on a few texts of equal length, cut out of the sentences one behind the other (`task.pack`).
+trains on a few texts of equal length, cut out of the sentences one behind the other (`task.pack=stream`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def recipe(place: Path, **given: Any) -> dict[str, Any]:
     return {
         "name": "decepticons", "rounds": 1, "cohort": 3, "method": {"name": "fedavg", "weighting": "uniform"},
         "model": {"name": str(place)}, "adapter": {"kind": "full"},
-        "task": {"kind": "causal-lm", "max_length": LENGTH, "template": "plain", "loss_on": "all", "pack": True},
+        "task": {"kind": "causal-lm", "max_length": LENGTH, "template": "plain", "loss_on": "all", "pack": "stream"},
         "data": {"path": str(DATA), "partition": {"by": "iid", "clients": 20},
                  "evaluation": {"fraction": 0.1, "per_client": 20}},
         "train": {"steps": 1, "batch_size": 64, "optimizer": "sgd", "lr": 1.0, "clip_norm": None},

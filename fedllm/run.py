@@ -407,8 +407,8 @@ def guard_of(recipe: Recipe, federation: Federation, method: Algorithm, cohort: 
 
         if recipe.privacy.level == "example" and recipe.task.pack:
             raise ModeConflict(
-                "task.pack=true with privacy.level=example: rows are joined and cut, so that one row is in several "
-                "examples and moves those behind it.",
+                f"task.pack={str(recipe.task.pack).lower()} with privacy.level=example: rows are put together, so that "
+                "one row is part of an example of several, or moves others.",
                 "The unit of privacy is one row, which has to be one example.",
                 action="Set task.pack=false.",
             )

@@ -70,7 +70,7 @@ def measure() -> Evidence:
     losses: dict[str, list[float]] = {name: [] for name in ARMS}
     sent, every = dict.fromkeys(ARMS, 0), 0
     for seed in SEEDS:
-        task = TaskSettings(max_length=LENGTH, template="plain", loss_on="all", pack=True)
+        task = TaskSettings(max_length=LENGTH, template="plain", loss_on="all", pack="stream")
         loaded = toy_model("llama", "causal-lm", seed)
         learner = TransformerLearner(loaded, task, AdapterSettings(kind="full"), None, seed)
         for name in ARMS:

@@ -23,8 +23,8 @@ from fedllm.models.structure import is_encoder_decoder
 from fedllm.tasks.decode import context, continue_prompts
 from fedllm.tasks.head import Head
 from fedllm.tasks.masked import MaskedLM
-from fedllm.tasks.padding import unseen
 from fedllm.tasks.settings import TaskSettings
+from fedllm.tasks.sight import check_apart, unseen
 from fedllm.tasks.task import IGNORE, TASKS, CausalLM, Seen, Task, seen
 
 KINDS: dict[str, type[Task]] = {**TASKS, MaskedLM.kind: MaskedLM}
@@ -92,9 +92,10 @@ class TransformerLearner:
         self._halves: dict[tuple[int, int | None], Halves] = {}
         self.head = Head(self.adapted, self._both_ways, len(self.tokenizer) if self.task.per_token else None)
         self.notes += self.head.notes
-        self._unmasked = task.kind == "causal-lm" and unseen(
-            self.adapted, len(self.tokenizer), self.tokenizer.pad_token_id
-        )
+        words, filler = len(self.tokenizer), self.tokenizer.pad_token_id
+        self._unmasked = task.kind == "causal-lm" and unseen(self.adapted, words, filler)
+        if task.pack is True:
+            check_apart(self.adapted, words)
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +157,7 @@ class TransformerLearner:
         batch = self.collate(groups)
         mask = batch.inputs["attention_mask"]
         with self.head.everything():
-            states = self.adapted.call(batch.inputs, output_hidden_states=True)
+            states = self.adapted.call(self._read(batch), output_hidden_states=True)
         found = states.encoder_hidden_states if self._both_ways else states.hidden_states
         real = mask.unsqueeze(-1)
         return [(h[:, -mask.shape[1] :] * real.to(h.dtype))[batch.real] for h in found]
@@ -299,9 +300,10 @@ class TransformerLearner:
         if min(lengths) < ids.shape[1]:
             mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in some.inputs:
-            kinds = [filler.new_zeros(1) if example is None else example.inputs["token_type_ids"] for example in rows]
-            inputs["token_type_ids"] = _padded(kinds, 0)
+        for name in ("token_type_ids", "position_ids"):
+            if name in some.inputs:
+                held = [filler.new_zeros(1) if example is None else example.inputs[name] for example in rows]
+                inputs[name] = _padded(held, 0)
         where, kept = self._targets([None if example is None else example.labels for example in rows])
         if self._both_ways:
             inputs["decoder_input_ids"] = self._shifted([None if e is None else e.labels for e in rows])
@@ -350,7 +352,9 @@ class TransformerLearner:
         return self.adapted.call(self._read(batch)).logits[rows, positions], rows
 
     def _read(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The model's inputs; without a mask for padding where no text sees it."""
+        """The model's inputs; without a mask for padding where no text sees it, or positions tell texts apart."""
+        if "position_ids" in batch.inputs:
+            return {name: held for name, held in batch.inputs.items() if name != "attention_mask"}
         whole = {"attention_mask": torch.ones_like(batch.inputs["attention_mask"])} if self._unmasked else {}
         return {**batch.inputs, **whole}
 

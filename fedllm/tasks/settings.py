@@ -36,8 +36,10 @@ class TaskSettings(BaseModel):
     """A system message for chat templates."""
     max_length: int = Field(512, ge=8)
     """Longest input in tokens; longer ones are cut at the end, and a sample left without a response is not used."""
-    pack: bool = False
-    """Join documents (causal-lm on plain text) and cut them into blocks of max_length, so that nothing is padding."""
+    pack: Literal[False, True, "stream"] = False
+    """Put the texts of a client (causal-lm) together in blocks of max_length, so that little is padding. true: whole
+    texts, each of which sees itself alone and is learned as without packing. stream: one text of all, cut into blocks,
+    as language models are trained from nothing. What counts examples counts blocks."""
     loss_on: Literal["response", "all"] = "response"
     """Which tokens count in the loss of a causal language model."""
     generate: int = Field(0, ge=0)

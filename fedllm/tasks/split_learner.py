@@ -36,6 +36,12 @@ def split_learner(learner: TransformerLearner, first: int, last: int | None) -> 
             f"Allowed: {', '.join(ADAPTERS)}.",
             "full",
         )
+    if learner.task.settings.pack is True:
+        raise ModelError(
+            "task.pack=true: what tells the texts of a block apart does not travel between the halves of a model.",
+            "Allowed: task.pack=false, and task.pack=stream.",
+            action="Set task.pack=false.",
+        )
     if any(getattr(module, "gradient_checkpointing", False) for module in learner.loaded.model.modules()):
         raise ModelError(
             "Gradient checkpointing computes a pass again when its values may be others.",

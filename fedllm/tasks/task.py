@@ -12,11 +12,10 @@ from torch.nn import functional
 from fedllm.core.errors import ConfigError, DataError, ModelError, nearest
 from fedllm.core.work import Example
 from fedllm.evaluate.classes import EntityF1, MacroF1
+from fedllm.tasks.pack import IGNORE, packed
 from fedllm.tasks.settings import COLUMNS, TaskSettings
 from fedllm.tasks.template import Template, field
 
-IGNORE = -100
-"""The label of a position that does not count."""
 ASKING = {"user", "system", "tool"}
 """Roles of a conversation that nobody learns to answer as."""
 
@@ -64,7 +63,7 @@ class Task:
             )
         if settings.pack and self.kind != "causal-lm":
             raise ConfigError(
-                f"task.pack=true has no meaning for task.kind={self.kind}, which needs the bounds of samples.",
+                f"task.pack={str(settings.pack).lower()} has no meaning for task.kind={self.kind}, which needs the bounds of samples.",
                 "Allowed: causal-lm.",
                 action="Set task.pack=false.",
             )
@@ -151,7 +150,7 @@ class CausalLM(Task):
         return Example(tensors, torch.tensor(labels), len(ids), targets)
 
     def prepare(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """Rows as examples; with `task.pack` blocks of exactly max_length tokens, the rest behind the last one.
+        """Rows as examples; with `task.pack` blocks of texts.
 
         Raises:
             DataError: the rows do not fit the task, or are conversations in which no assistant speaks.
@@ -159,6 +158,8 @@ class CausalLM(Task):
         rows = self._answered(rows)
         if not self.settings.pack:
             return super().prepare(rows)
+        if self.settings.pack is True:
+            return packed(super().prepare(rows), self.settings.max_length)
         if len(rows):
             self._check_columns(rows[0])
         joined = [pair for row in rows for pair in zip(*self._labelled(row), strict=True)]

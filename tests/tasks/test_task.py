@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -314,7 +315,7 @@ def test_the_metrics_of_a_tagger():
 
 
 def test_packing_joins_documents_into_full_blocks_and_loses_no_token() -> None:
-    chosen = TaskSettings(max_length=16, template="plain", pack=True)
+    chosen = TaskSettings(max_length=16, template="plain", pack="stream")
     tokenizer = toy_tokenizer("llama")
     rows = [{"text": f"document number {number} is about the valley"} for number in range(7)]
     plain = CausalLM(chosen.model_copy(update={"pack": False, "max_length": 512}), tokenizer).prepare(rows)
@@ -323,6 +324,26 @@ def test_packing_joins_documents_into_full_blocks_and_loses_no_token() -> None:
     joined = torch.cat([e.inputs["input_ids"] for e in plain])
     assert torch.equal(torch.cat([e.inputs["input_ids"] for e in packed]), joined[: sum(e.tokens for e in packed)])
     assert sum(e.tokens for e in packed) >= len(joined) - 1  # a last block of one token has nothing to predict
+
+
+def test_packing_keeps_texts_whole_and_fills_blocks() -> None:
+    chosen = TaskSettings(max_length=128, template="plain", pack=True)
+    tokenizer = toy_tokenizer("llama")
+    rows = [{"instruction": f"count to {number}", "response": "one two three " * (number % 5 + 1)} for number in range(23)]
+    plain = CausalLM(chosen.model_copy(update={"pack": False}), tokenizer).prepare(rows)
+    packed = CausalLM(chosen, tokenizer).prepare(rows)
+    assert sum(e.targets for e in packed) == sum(e.targets for e in plain)
+    texts = sorted(tuple(e.inputs["input_ids"].tolist()) for e in plain)
+    found = []
+    for block in packed:
+        ids, places = block.inputs["input_ids"], block.inputs["position_ids"]
+        assert len(ids) == len(places) == len(block.labels) == block.tokens <= 128
+        assert block.targets == int((block.labels[1:] != IGNORE).sum()) == int((block.labels != IGNORE).sum())
+        starts = [*torch.nonzero(places == 0).flatten().tolist(), len(ids)]
+        found += [tuple(ids[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+    assert sorted(found) == texts, "every text once, and whole"
+    total = sum(e.tokens for e in plain)
+    assert len(packed) <= 1.25 * total / 128 + 1 < len(plain) and CausalLM(chosen, tokenizer).prepare([]) == []
 
 
 def test_packing_is_refused_where_samples_have_bounds() -> None:
@@ -343,9 +364,9 @@ ANSWERED = talk(("user", "one?"), ("assistant", "eins"))
 
 
 @pytest.mark.parametrize("chat", [None, CHATML])
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [False, True, "stream"])
 @pytest.mark.parametrize("role", ["gpt", "bot", "model", "Assistant"])
-def test_conversations_in_which_no_assistant_speaks_are_refused(chat: str | None, pack: bool, role: str) -> None:
+def test_conversations_in_which_no_assistant_speaks_are_refused(chat: str | None, pack: Any, role: str) -> None:
     task = make("causal-lm", chat=chat, pack=pack)
     rows = [talk(("user", "one?"), (role, "eins")), talk(("user", "two?"))]
     with pytest.raises(DataError, match=f"Roles found: .*{role}.*loss_on=all") as caught:
