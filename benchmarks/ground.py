@@ -62,8 +62,8 @@ def model_folder(size: Size, place: Path) -> Path:
     tokenizer = toy_tokenizer("llama")
     config = LlamaConfig(
         hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        intermediate_size=size.inner, vocab_size=size.vocabulary, max_position_embeddings=1024, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        intermediate_size=size.inner, vocab_size=size.vocabulary, max_position_embeddings=1024,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(place)

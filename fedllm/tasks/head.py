@@ -150,7 +150,9 @@ class Head:
 
     def _selects(self, inputs: dict[str, torch.Tensor], chosen: Select, whole: torch.Tensor) -> bool:
         """Select in front of the output layer; works where everything behind it is element-wise."""
-        if self._tried([self.model.get_output_embeddings().register_forward_pre_hook(self._hook)], inputs, chosen, whole):
+        if self._tried(
+            [self.model.get_output_embeddings().register_forward_pre_hook(self._hook)], inputs, chosen, whole
+        ):
             return True
         self.notes.append("Logits are computed at every position: this model's output layer cannot be restricted.")
         return False

@@ -387,5 +387,11 @@ def _text_metrics(task: TaskSettings) -> list[Metric]:
             "response",
             "Set task.loss_on=response, or task.generate=0.",
         )
+    if task.pack:
+        raise ConfigError(
+            f"task.generate={task.generate} and task.pack={str(task.pack).lower()} were given.",
+            "Text is written for one prompt and held to its answer; a block has several.",
+            action="Set task.pack=false, or task.generate=0.",
+        )
     kinds: dict[str, type[Metric]] = {kind.name: kind for kind in (RougeL, TokenF1, LastNumber)}
     return [kinds[name]() for name in task.text_metrics]

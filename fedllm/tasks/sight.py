@@ -39,7 +39,7 @@ def unseen(adapted: Adapted, vocabulary: int, filler: int) -> bool:
 
 
 def check_apart(adapted: Adapted, vocabulary: int) -> None:
-    """Raise :class:`ModelError` where a model cannot keep the texts of a block apart; arguments as in :func:`unseen`."""
+    """Raise :class:`ModelError` where a model cannot keep the texts of a block apart; see :func:`unseen`."""
     if any(name.startswith(_IN_FRONT) for name in adapted.initial()):
         raise ModelError(
             f"task.pack=true with adapter.kind={adapted.settings.kind}: what is in front of a block is seen by its "

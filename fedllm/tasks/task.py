@@ -63,7 +63,8 @@ class Task:
             )
         if settings.pack and self.kind != "causal-lm":
             raise ConfigError(
-                f"task.pack={str(settings.pack).lower()} has no meaning for task.kind={self.kind}, which needs the bounds of samples.",
+                f"task.pack={str(settings.pack).lower()} has no meaning for task.kind={self.kind}, which needs the "
+                "bounds of samples.",
                 "Allowed: causal-lm.",
                 action="Set task.pack=false.",
             )

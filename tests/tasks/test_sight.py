@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.core.errors import ModelError
+from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example
 from fedllm.models.adapters.settings import AdapterSettings
@@ -97,7 +97,9 @@ def test_a_packed_text_is_trained_as_if_it_were_alone(family: str, adapter: str,
     alone = trained(plain, params, [[text] for text in texts])
     near(trained(learner, params, [blocks]), alone)
     near(trained(learner, params, [[block] for block in blocks]), alone)
-    joined = trained(plain, params, [[replace(block, inputs={"input_ids": block.inputs["input_ids"]})] for block in blocks])
+    joined = trained(
+        plain, params, [[replace(block, inputs={"input_ids": block.inputs["input_ids"]})] for block in blocks]
+    )
     assert float((joined - alone).abs().max()) > 1e-2, "texts that see each other are another thing"
 
 
@@ -111,6 +113,12 @@ def test_packing_is_refused_where_texts_cannot_be_kept_apart(tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"does not keep the texts of a block apart.*task\.pack=stream"):
         make("bloom", tmp_path, pack=True)
     assert make("bloom", tmp_path, pack="stream")
+
+
+@pytest.mark.parametrize("pack", [True, "stream"])
+def test_no_text_is_written_for_blocks(pack: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.generate=4 and task\.pack=.*a block has several"):
+        make("llama", tmp_path, pack=pack, generate=4)
 
 
 def test_a_split_model_takes_no_packed_texts(tmp_path: Path) -> None:

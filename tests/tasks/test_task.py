@@ -329,7 +329,9 @@ def test_packing_joins_documents_into_full_blocks_and_loses_no_token() -> None:
 def test_packing_keeps_texts_whole_and_fills_blocks() -> None:
     chosen = TaskSettings(max_length=128, template="plain", pack=True)
     tokenizer = toy_tokenizer("llama")
-    rows = [{"instruction": f"count to {number}", "response": "one two three " * (number % 5 + 1)} for number in range(23)]
+    rows = [
+        {"instruction": f"count to {number}", "response": "one two three " * (number % 5 + 1)} for number in range(23)
+    ]
     plain = CausalLM(chosen.model_copy(update={"pack": False}), tokenizer).prepare(rows)
     packed = CausalLM(chosen, tokenizer).prepare(rows)
     assert sum(e.targets for e in packed) == sum(e.targets for e in plain)
