@@ -46,10 +46,10 @@ NOTE = (
     "each engine (imports, actors, pfl's evaluation) is not counted. Below 1: clients share passes, or less is "
     "computed (rows of like lengths in a pass, no mask for padding, logits and the last feed-forward part at labels "
     "alone). `over fedllm's`: this median over fedllm's. Flower has one Ray actor. OpenFedLLM's and FlowerTune's "
-    "structures are written with trl's SFTTrainer, without their gradient checkpointing. Peak: of two rounds without the "
-    "plain loop beside them, less that of two rounds of the plain loop alone; a process tree's own memory and the mapped "
-    "files of its largest process. The adapters that the engines end with are equal to a thousandth of the way they have "
-    "come."
+    "structures are written with trl's SFTTrainer, without their gradient checkpointing. Peak: of two rounds without "
+    "the plain loop beside them, less that of two rounds of the plain loop alone; a process tree's own memory and the "
+    "mapped files of its largest process. The adapters that the engines end with are equal to a thousandth of the way "
+    "they have come."
 )
 INSTALL = "see benchmarks/peers.txt"
 LETTERS = (
