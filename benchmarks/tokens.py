@@ -40,7 +40,7 @@ NOTE = (
     "fedllm-tiny, eight of the T0 tasks as clients with up to 64 rows of at most 256 tokens each; every client takes "
     "the same steps in every line of one batch size, so that only the padding differs. Rows that fill a client up to "
     "the width of its pass count as computed. "
-    "Packed rows, which have no padding but at the end of a client's text, are measured at the width `auto` alone."
+    "Packed rows are blocks of whole texts, measured at the width `auto` alone."
 )
 DATA = Path("../shared/data/t0-tasks.jsonl.gz")
 CLIENTS, ROWS, LENGTH = 8, 64, 256
