@@ -103,6 +103,17 @@ def test_a_packed_text_is_trained_as_if_it_were_alone(family: str, adapter: str,
     assert float((joined - alone).abs().max()) > 1e-2, "texts that see each other are another thing"
 
 
+def test_no_text_predicts_the_first_token_of_the_next(tmp_path: Path) -> None:
+    """Where a tokenizer puts nothing in front of a text, its first token has a label that nothing may predict."""
+    plain, learner = make("qwen", tmp_path), make("qwen", tmp_path, pack=True)
+    rows = [{"text": text} for text in TEXTS]
+    texts, blocks = plain.prepare(rows), learner.prepare(rows)
+    assert all(int(text.labels[0]) >= 0 for text in texts) and len(blocks) < len(texts)
+    assert sum(block.targets for block in blocks) == sum(int((block.labels >= 0).sum()) for block in blocks)
+    params = moved(plain)
+    near(trained(learner, params, [blocks]), trained(plain, params, [[text] for text in texts]))
+
+
 @pytest.mark.parametrize("adapter", ["prompt", "prefix"])
 def test_packing_is_refused_where_something_stands_in_front(adapter: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"task\.pack=true with adapter\.kind=.*seen by its first text alone"):
