@@ -24,7 +24,7 @@ STRETCH = 2**25
 Select = tuple[torch.Tensor, torch.Tensor]
 """Row and position of each hidden state that is wanted, [M] each."""
 Summed = Callable[[torch.Tensor, slice], torch.Tensor]
-_BEFORE = ("prompt", "prefix.")
+IN_FRONT = ("prompt", "prefix.")
 """Names of what is trained in front of the trunk."""
 
 
@@ -186,7 +186,7 @@ class Head:
         prefix = str(self.model.base_model_prefix)
         if self.adapted.settings.kind == "full" or getattr(self.model, prefix, self.model) is self.model:
             return False
-        if not all(name.startswith((f"{prefix}.", *_BEFORE)) for name in self.adapted.initial()):
+        if not all(name.startswith((f"{prefix}.", *IN_FRONT)) for name in self.adapted.initial()):
             return False
         try:
             return same(self.logits(self.hidden(inputs, *chosen)), whole)

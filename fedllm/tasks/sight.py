@@ -11,10 +11,7 @@ import torch
 
 from fedllm.core.errors import ModelError
 from fedllm.models.adapters.attach import Adapted
-from fedllm.tasks.head import same
-
-_IN_FRONT = ("prompt", "prefix.")
-"""Names of what is trained in front of a text."""
+from fedllm.tasks.head import IN_FRONT, same
 
 
 def unseen(adapted: Adapted, vocabulary: int, filler: int) -> bool:
@@ -40,7 +37,7 @@ def unseen(adapted: Adapted, vocabulary: int, filler: int) -> bool:
 
 def check_apart(adapted: Adapted, vocabulary: int) -> None:
     """Raise :class:`ModelError` where a model cannot keep the texts of a block apart; see :func:`unseen`."""
-    if any(name.startswith(_IN_FRONT) for name in adapted.initial()):
+    if any(name.startswith(IN_FRONT) for name in adapted.initial()):
         raise ModelError(
             f"task.pack=true with adapter.kind={adapted.settings.kind}: what is in front of a block is seen by its "
             "first text alone.",
