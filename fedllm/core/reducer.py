@@ -8,7 +8,6 @@ do not depend on their contents: only then may the sum be formed in secret, unde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +15,7 @@ import torch
 
 from fedllm.core.errors import ConfigError, UploadRejected, nearest
 from fedllm.core.message import Dense, Message, Owned, Part, Scalars, SeedCoefficients, Table, Upload
-from fedllm.core.tensors import Tensors, same_names, same_shapes, size_in_bytes
+from fedllm.core.tensors import Tensors, in_one_piece, same_names, same_shapes, size_in_bytes
 from fedllm.core.view import Region, View
 
 
@@ -50,10 +49,9 @@ WAITING = 8
 """Uploads that a mean lets wait before it adds them: its sums are read and written once for all of them."""
 WAITING_BYTES = 512 * 2**20
 """Bytes of uploads that may wait: a larger upload is added when it comes."""
-STRETCH = 32_768
-"""Entries that are added at a time: as many float64 sums as fit into a processor's cache."""
-SHARED_BYTES = 2**20
-"""Bytes of waiting uploads from which on their tensors are shared out over torch's threads."""
+STRETCH = 2**19
+"""Entries that are added at a time: the float64 sums of so many stay in a processor's cache, and torch's threads share
+them out."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,8 @@ class Collect(Reducer):
 class _RunningMean(Running):
     def __init__(self, weighting: Weighting) -> None:
         self.weighting, self.total = weighting, 0.0
-        self.sums: Tensors | None = None
+        self.sums: Tensors | None = None  # views of `whole`, one behind the other
+        self.whole = torch.empty(0, dtype=torch.float64)
         self.dtypes: dict[str, torch.dtype] = {}
         self.kind: type[Part] = Dense
         self.waiting: list[tuple[Tensors, float]] = []
@@ -121,39 +120,35 @@ class _RunningMean(Running):
         tensors = _summands(part)
         share = weight if self.weighting == "examples" and not isinstance(part, Table) else 1.0
         if self.sums is None:
-            self.kind = type(part)
-            self.sums = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
+            self._make_room(type(part), tensors)
         for name, tensor in tensors.items():
-            self.dtypes[name] = torch.promote_types(self.dtypes.get(name, torch.float32), tensor.dtype)
+            self.dtypes[name] = torch.promote_types(self.dtypes[name], tensor.dtype)
         self.total += share
         self.waiting.append((tensors, share))
         self.held += size_in_bytes(tensors)
         if len(self.waiting) == WAITING or self.held > WAITING_BYTES:
             self._add_up()
 
+    def _make_room(self, kind: type[Part], like: Tensors) -> None:
+        """Zeros for the sums of parts like this one."""
+        self.kind, self.dtypes = kind, dict.fromkeys(like, torch.float32)
+        self.whole = torch.zeros(sum(tensor.numel() for tensor in like.values()), dtype=torch.float64)
+        rows = self.whole.split([tensor.numel() for tensor in like.values()])
+        self.sums = {name: row.view(tensor.shape) for (name, tensor), row in zip(like.items(), rows, strict=True)}
+
     def _add_up(self) -> None:
-        """Add the waiting uploads in the order they came. Threads share the tensors out: the bits are the same."""
-        names, threads = list(self.sums or ()), torch.get_num_threads()
-        if threads == 1 or self.held < SHARED_BYTES:
-            for name in names:
-                self._add_tensor(name)
+        """Add the waiting uploads in the order they came: all of an upload at once where it lies in one piece."""
+        sums = self.sums or {}
+        pieces = [in_one_piece(tensors[name] for name in sums) for tensors, _ in self.waiting]
+        whole = [(piece, share) for piece, (_, share) in zip(pieces, self.waiting, strict=True) if piece is not None]
+        if len(whole) == len(pieces):
+            _add_in_stretches(self.whole, whole)
         else:
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(self._add_tensor, names):  # raises what a thread raised
-                    pass
+            for name, total in sums.items():
+                own = [(tensors[name].reshape(-1), share) for tensors, share in self.waiting]
+                _add_in_stretches(total.view(-1), own)
         self.waiting.clear()
         self.held = 0
-
-    def _add_tensor(self, name: str) -> None:
-        """Add the waiting uploads to one sum, stretch by stretch: it stays in the cache meanwhile."""
-        if self.sums is None:
-            return
-        whole = self.sums[name].view(-1)
-        flat = [(tensors[name].reshape(-1), share) for tensors, share in self.waiting]
-        for start in range(0, len(whole), STRETCH):
-            piece = whole[start : start + STRETCH]
-            for tensor, share in flat:
-                piece.add_(tensor[start : start + STRETCH], alpha=share)
 
     def result(self) -> Part | None:
         self._add_up()
@@ -165,6 +160,14 @@ class _RunningMean(Running):
         if self.kind is Scalars:
             return Scalars({name: float(value) for name, value in means.items()})
         return SeedCoefficients(means["coefficients"]) if self.kind is SeedCoefficients else Dense(means)
+
+
+def _add_in_stretches(total: torch.Tensor, added: list[tuple[torch.Tensor, float]]) -> None:
+    """total += share * vector for each in turn, stretch by stretch: the sums stay in the cache meanwhile."""
+    for start in range(0, len(total), STRETCH):
+        piece = total[start : start + STRETCH]
+        for vector, share in added:
+            piece.add_(vector[start : start + STRETCH], alpha=share)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -91,16 +91,52 @@ def size_in_bytes(tree: Mapping[str, torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tree.values())
 
 
+def in_one_piece(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """All entries, one tensor's behind the other's, as a vector without a copy; None where they do not lie so.
+
+    What a message brings does (see :mod:`fedllm.core.layout`): one operation then does for many small tensors.
+    """
+    first, begin, end, memory = None, 0, 0, 0
+    for tensor in tensors:
+        if first is None:
+            first, begin, memory = tensor, tensor.storage_offset(), tensor.untyped_storage().data_ptr()
+            end = begin
+        here = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == memory
+        if not memory or not here or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        end += tensor.numel()
+    return None if first is None else first.detach().as_strided((end - begin,), (1,), begin)
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Entries from one index to the next, of a tensor in one piece."""
+    strides, step = list[int](), 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return tuple(strides)
+
+
 def finite(tree: Mapping[str, torch.Tensor]) -> str | None:
     """The first name that holds a NaN or an infinity, or None where all is finite.
 
     Every upload is looked at. A sum is finite only where all of its entries are, and takes a tenth of the time of a
     look at each; where it is not it may have overflowed, and each is looked at.
     """
+    whole = in_one_piece(tree.values()) if len(tree) > 1 else None
+    if whole is not None and _sum_is_finite(whole):
+        return None
     for name, tensor in tree.items():
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            continue
-        wide = tensor.dtype if tensor.element_size() >= 4 else torch.float32
-        if not cmath.isfinite(tensor.sum(dtype=wide).item()) and not bool(torch.isfinite(tensor.to(wide)).all()):
+        if not _sum_is_finite(tensor) and not bool(torch.isfinite(tensor.to(_wide(tensor))).all()):
             return name
     return None
+
+
+def _sum_is_finite(tensor: torch.Tensor) -> bool:
+    whole_numbers = not tensor.is_floating_point() and not tensor.is_complex()
+    return whole_numbers or cmath.isfinite(tensor.sum(dtype=_wide(tensor)).item())
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """A number type in which a sum does not overflow at once."""
+    return tensor.dtype if tensor.element_size() >= 4 else torch.float32

@@ -9,32 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from fedllm.core.errors import ConfigError, DecodeError, FedLLMError
+from fedllm.core.layout import Layout, read, written
 from fedllm.core.message import PARTS, Message, Received, Upload
+from fedllm.core.tensors import Tensors
 
 VERSION = 1
-HEADER_LIMIT = 64 * 1024 * 1024
-"""The largest header accepted, in bytes; a header names every tensor."""
-HELD_LIMIT = 64 * 1024 * 1024
-"""The largest message of which a :class:`Decoder` keeps a copy, in bytes."""
-
-_NAMES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-"""The number types as safetensors calls them, in the order in which it writes tensors."""
-_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
-DTYPES = frozenset(_NAMES)
-"""What may travel. Complex numbers and 8-bit floats may not: no reducer can add them up or tell a NaN in them."""
-DIMS_LIMIT = 16
-"""The most dimensions of a tensor that travels."""
 
 _CLASSES: dict[str, type[Message]] = {"message": Message, "received": Received, "upload": Upload}
 
@@ -45,8 +30,7 @@ def encode(message: Message) -> bytes:
     Raises:
         ConfigError: a part name, a tensor or a number that cannot travel.
     """
-    tensors, text = _apart(message)
-    return _file({name: _portable(name, tensor) for name, tensor in tensors.items()}, {"fedllm": text})
+    return written(*_apart(message))
 
 
 class Encoder:
@@ -66,8 +50,7 @@ class Encoder:
             return encode(message)  # nobody counts the changes of such a tensor
         held = [(name, tensor, tensor._version) for name, tensor in tensors.items()]
         if text != self._text or not _the_same(held, self._held):
-            whole = {name: _portable(name, tensor) for name, tensor in tensors.items()}
-            self._text, self._held, self._body = text, held, _file(whole, {"fedllm": text})
+            self._text, self._held, self._body = text, held, written(tensors, text)
         return self._body
 
 
@@ -111,28 +94,13 @@ def decode(data: bytes) -> Message:
 
 def opened(data: bytes) -> tuple[Message, dict[str, int]]:
     """The message in `data` and its bytes by part (see :func:`size_by_part`); raises as :func:`decode`."""
-    header, structure = _structure(data)
-    return _built(structure, _tensors(data)), _sizes(len(data), header, structure)
-
-
-class Decoder:
-    """Decodes one body after the other; of the very same body it gives copies and does not read it again.
-
-    So what many clients receive is read once, and none of them shares a tensor with another. It holds the last body:
-    use it for one round of questions, and let it go. A large one is not held, but read each time.
-    """
-
-    def __init__(self) -> None:
-        self._body, self._text, self._tensors = b"", "", dict[str, torch.Tensor]()
-
-    def __call__(self, data: bytes) -> Message:
-        """See :func:`decode`."""
-        if len(data) > HELD_LIMIT:
-            return decode(data)
-        if data is not self._body:
-            header, _ = _structure(data)
-            self._body, self._text, self._tensors = data, header["__metadata__"]["fedllm"], _tensors(data)
-        return _built(json.loads(self._text), {name: tensor.clone() for name, tensor in self._tensors.items()})
+    text, layout = read(data)
+    structure = _structure(text)
+    try:
+        message = _build(structure, layout.cut(data))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, FedLLMError) as fault:
+        raise DecodeError(f"The structure of a message is malformed ({type(fault).__name__}: {fault}).") from fault
+    return message, _sizes(len(data), layout, structure)
 
 
 def size_by_part(data: bytes) -> dict[str, int]:
@@ -141,16 +109,12 @@ def size_by_part(data: bytes) -> dict[str, int]:
     A part without tensors (texts, scalars) lies in the file's header, but is no less what was sent. What is left of the
     file, names, weight, metrics and numbers, is under 'header'; all together are the whole file.
     """
-    return _sizes(len(data), *_structure(data))
+    text, layout = read(data)
+    return _sizes(len(data), layout, _structure(text))
 
 
-def _sizes(whole: int, header: dict[str, Any], structure: dict[str, Any]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            part = name.split("/", 1)[0]
-            sizes[part] = sizes.get(part, 0) + end - start
+def _sizes(whole: int, layout: Layout, structure: dict[str, Any]) -> dict[str, int]:
+    sizes = dict(layout.sizes)
     left = whole - sum(sizes.values())
     for name, entry in structure["parts"].items():
         if name not in sizes:
@@ -167,17 +131,6 @@ def _length(facts: Any) -> int:
         return 0
 
 
-def _portable(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the CPU in one piece; raises :class:`ConfigError` where it cannot travel."""
-    if tensor.dtype not in DTYPES or tensor.dim() > DIMS_LIMIT:
-        raise ConfigError(
-            f"The tensor '{name}' is {tensor.dtype} in {tensor.dim()} dimensions and cannot travel.",
-            f"Allowed: {', '.join(sorted(str(dtype) for dtype in DTYPES))}, at most {DIMS_LIMIT} dimensions.",
-            action="Convert it first.",
-        )
-    return tensor.detach().to("cpu").contiguous()
-
-
 def _json(structure: dict[str, Any]) -> str:
     try:
         return json.dumps(structure, sort_keys=True)
@@ -189,45 +142,10 @@ def _json(structure: dict[str, Any]) -> str:
         ) from fault
 
 
-def _file(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes that safetensors writes, formed in one copy (the library makes two): tests hold them equal.
-
-    Eight bytes of header length, the header as JSON padded with spaces to a multiple of eight, the tensors by the size
-    of their numbers and then by name.
-    """
-    ordered = sorted(tensors.items(), key=lambda pair: (_ORDER[pair[1].dtype], pair[0]))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, tensor in ordered:
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(_buffer(tensor) for _, tensor in ordered)])
-
-
-def _buffer(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in one piece, without a copy."""
-    if not tensor.numel():
-        return memoryview(b"")
-    known = tensor if tensor.dtype != torch.bfloat16 else tensor.view(torch.int16)  # NumPy has no bfloat16
-    return known.numpy().data.cast("B")
-
-
-def _structure(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header of a message, and what it says of it beside its tensors; both as JSON."""
-    if len(data) < 8:
-        raise DecodeError(f"A message of {len(data)} bytes arrived.", "The shortest message has more than 8 bytes.")
-    length = int.from_bytes(data[:8], "little")
-    if length > min(len(data) - 8, HEADER_LIMIT):
-        raise DecodeError(
-            f"A message claims a header of {length} bytes and has {len(data) - 8}.",
-            f"At most {HEADER_LIMIT} bytes are allowed.",
-        )
+def _structure(text: str) -> dict[str, Any]:
+    """What a message says beside its tensors."""
     try:
-        header = json.loads(data[8 : 8 + length])
-        structure = json.loads(header["__metadata__"]["fedllm"])
+        structure = json.loads(text)
         version = structure["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as fault:
         raise DecodeError(f"The header of a message cannot be read ({type(fault).__name__}).") from fault
@@ -237,33 +155,15 @@ def _structure(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             f"This installation reads version {VERSION}.",
             action="Install the same version of fedllm on every side.",
         )
-    return header, structure
+    return structure
 
 
-def _tensors(data: bytes) -> dict[str, torch.Tensor]:
-    try:
-        return load(bytes(data))
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AssertionError) as fault:
-        raise DecodeError(f"The tensors of a message cannot be read ({type(fault).__name__}).") from fault
-
-
-def _built(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
-    """The message; raises :class:`DecodeError` where its structure is none."""
-    try:
-        return _build(structure, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, FedLLMError) as fault:
-        raise DecodeError(f"The structure of a message is malformed ({type(fault).__name__}: {fault}).") from fault
-
-
-def _build(structure: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Message:
-    by_part: dict[str, dict[str, torch.Tensor]] = {name: {} for name in structure["parts"]}
-    for full, tensor in sorted(tensors.items()):  # the library gives them in a random order
-        if tensor.dtype not in DTYPES or tensor.dim() > DIMS_LIMIT:
-            raise ValueError(f"{tensor.dtype} in {tensor.dim()} dimensions")
-        part, _, key = full.partition("/")
-        by_part[part][key] = tensor
+def _build(structure: dict[str, Any], tensors: dict[str, Tensors]) -> Message:
+    stray = next((name for name in tensors if name not in structure["parts"]), None)
+    if stray is not None:
+        raise ValueError(f"tensors of '{stray}', which is no part")
     parts = {
-        name: PARTS[entry["kind"]].from_wire(by_part[name], entry["facts"])
+        name: PARTS[entry["kind"]].from_wire(tensors.get(name, {}), entry["facts"])
         for name, entry in structure["parts"].items()
     }
     kind = _CLASSES[structure["class"]]

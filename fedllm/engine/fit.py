@@ -22,7 +22,7 @@ from fedllm.core.train import Train
 from fedllm.core.work import Example, Fit, FitReport, Learner
 from fedllm.engine.job import Job, Result, examples_of
 from fedllm.engine.passes import Part
-from fedllm.engine.stack import Blocks, Stack, add_rows, clip_, corner, is_all, spread, stacked, taken
+from fedllm.engine.stack import Blocks, Stack, add_rows, clip_, corner, is_all, rows_of, spread, stacked, taken
 
 FUSED = ("cpu", "cuda")
 """Devices on which torch takes AdamW's step in one go."""
@@ -66,7 +66,7 @@ class _Fit:
         self.stack = Stack.of([r.start for r in self.requests], self.device)
         self.start = {dtype: block.clone() for dtype, block in self.stack.blocks.items()}
         given = {n: stacked([r.given[n] for r in self.requests], self.device) for n in first.given}
-        self.given = {**given, "start": self.stack.views(self.start)}
+        self.given = {**given, "start": self.stack.views(self.start)} if first.penalty or first.correction else {}
         fixed = stacked([r.fixed or {} for r in self.requests], self.device)
         self.fixed = {**spread(jobs[0].frozen, len(jobs), self.device), **fixed}
         trees = [r.terms or ((1.0, {}),) for r in self.requests]
@@ -75,7 +75,7 @@ class _Fit:
         ]
         self.active = list(range(len(jobs)))
         self.optimizer: torch.optim.Optimizer | None = None
-        self.finished: dict[int, Blocks] = {}
+        self.finished: dict[int, tuple[Tensors, Tensors]] = {}
         self.moments: dict[int, Tensors] = {}
         self.spent = [_Spent() for _ in jobs]
 
@@ -90,11 +90,8 @@ class _Fit:
         """Go on with the clients `left`; the others' tensors are final."""
         if left == self.active and self.optimizer is not None:
             return
-        for row, k in enumerate(self.active):
-            if k not in left:
-                self.finished[k] = {dtype: block[row].cpu() for dtype, block in self.stack.blocks.items()}
-                if self.requests[k].moments is not None:
-                    self.moments[k] = _kept(self.optimizer, self.stack, row, self.requests[k].start)
+        if done := [(row, k) for row, k in enumerate(self.active) if k not in left]:
+            self._finish(done)
         if left:
             rows = [self.active.index(k) for k in left]
             smaller, before = self.stack if left == self.active else self.stack.rows(rows), self.optimizer
@@ -103,6 +100,18 @@ class _Fit:
                 _go_on(self.optimizer, smaller, [self.requests[k].moments or {} for k in left])
             self.stack = smaller
         self.active = left
+
+    def _finish(self, done: list[tuple[int, int]]) -> None:
+        """Take what these (row, number) have trained, and its change, out of the stack."""
+        rows, numbers = [row for row, _ in done], [k for _, k in done]
+        like = [self.requests[k].start for k in numbers]
+        ended = {dtype: rows_of(block, rows).cpu() for dtype, block in self.stack.blocks.items()}
+        changes = {dtype: block - rows_of(self.start[dtype], numbers).cpu() for dtype, block in ended.items()}
+        trees = self.stack.trees(ended, like), self.stack.trees(changes, like)
+        for (row, k), params, delta in zip(done, *trees, strict=True):
+            self.finished[k] = params, delta
+            if self.requests[k].moments is not None:
+                self.moments[k] = _kept(self.optimizer, self.stack, row, self.requests[k].start)
 
     def _step(self, step: int) -> None:
         """One optimiser step of every active client."""
@@ -147,14 +156,16 @@ class _Fit:
                 parts = _merged(parts)
                 chosen = [[groups[part.client][row] for row in part.rows] for part in parts]
                 owners = [part.client for part in parts]
-                own = self.stack.tensors if is_all(owners, total) else self.stack.rows(owners).tensors
+                own, share = self.stack.tensors, scale
+                if not is_all(owners, total):
+                    own, share = self.stack.rows(owners).tensors, scale[owners]
                 drawn = [seeds[k] for k in owners], [part.rows for part in parts]
                 for weight, tree in terms:
                     bound = {**taken(fixed, owners), **own, **taken(tree, owners)}
                     with torch.enable_grad(), self.learner.using(bound, *drawn):
                         sums = _losses(self.learner, request.loss, chosen)
                         sums = sums if request.terms is None else sums * weight
-                        objective = (sums * scale[owners]).sum()
+                        objective = (sums * share).sum()
                         found = torch.autograd.grad(objective, list(own.values()), allow_unused=True)
                     grads = self.stack.added(grads, owners, dict(zip(own, found, strict=True)))
                     add_rows(total, owners, sums.detach())
@@ -222,16 +233,14 @@ class _Fit:
         return taken(tree, self.active)
 
     def _report(self, k: int) -> FitReport | FedLLMError:
-        job, rows, spent = self.jobs[k], self.finished[k], self.spent[k]
+        job, (params, delta), spent = self.jobs[k], self.finished[k], self.spent[k]
         if job.noised is not None:
             spent = spent.public(job.noised.expected)
-        if not math.isfinite(spent.loss) or finite({str(dtype): row for dtype, row in rows.items()}) is not None:
+        if not math.isfinite(spent.loss) or finite(params) is not None:
             return RoundFailed(
                 f"Training at client '{job.client}' gave a loss that is not finite in round {job.round}.",
                 action="Lower train.lr, set train.clip_norm, or look at that client's data.",
             )
-        changes = {dtype: row - self.start[dtype][k].cpu() for dtype, row in rows.items()}
-        params, delta = (self.stack.tree(held, self.requests[k].start) for held in (rows, changes))
         counts = self.steps[k], spent.rates, (spent.loss, float(spent.targets)), spent.examples, spent.tokens
         return FitReport(params, delta, *counts, self.moments.get(k))
 

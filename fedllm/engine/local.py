@@ -17,14 +17,14 @@ import torch
 
 from fedllm.core.errors import ConfigError, DataError, FedLLMError
 from fedllm.core.guard import Guard
-from fedllm.core.message import Message, Received, Upload
+from fedllm.core.message import Received, Upload
 from fedllm.core.method import Method
 from fedllm.core.protocol import Protocol
 from fedllm.core.roster import ALL, SERVER, Group
 from fedllm.core.server import Reply, Request
 from fedllm.core.split import halves
 from fedllm.core.tensors import Tensors
-from fedllm.core.wire import Decoder, decode, encode
+from fedllm.core.wire import decode, encode
 from fedllm.core.work import Embed, Example, Exchange, Generate, Learner, Outputs, Rows, Score
 from fedllm.core.work import Request as Work
 from fedllm.engine.client import TurnClient
@@ -72,7 +72,6 @@ class LocalWorker:
 
     Attributes:
         width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
-        decode: reads what clients receive.
         discreet: errors that may quote data are told by their kind alone, and printed here.
     """
 
@@ -97,7 +96,6 @@ class LocalWorker:
         self.functions = algorithm.client_functions()
         self.guard = guard or Guard()
         self.coder, self.width = coder, Width(1, "nobody asked for more")
-        self.decode: Callable[[bytes], Message] = decode
         kept = () if coder is None else (coder.memory_name,)
         self.private = PrivateStore((*algorithm.private, *self.guard.private, *kept), private_folder)
         self._examples: OrderedDict[tuple[str, str], list[Example]] = OrderedDict()
@@ -236,7 +234,7 @@ class LocalWorker:
         return Turn(name, play(), job, request.id, request.op, learner=learner, client_view=client)
 
     def _received(self, request: Request) -> Received:
-        received = self.decode(request.body)
+        received = decode(request.body)
         if not isinstance(received, Received):
             raise ConfigError(f"A request carries a {type(received).__name__.lower()}.", "Expected: received.")
         return received
@@ -338,13 +336,9 @@ class LocalEngine:
         """See :class:`fedllm.core.server.Engine`. Clients that are stacked are answered together."""
         begun, waiting = time.monotonic(), iter(requests)
         together = self.width.stack if deadline is None else self.width.clients  # who is late is seen in between
-        self.worker.decode = Decoder()
-        try:
-            while chunk := list(itertools.islice(waiting, together)):
-                for reply in self._answered(chunk, begun, deadline):
-                    yield reply
-        finally:
-            self.worker.decode = decode
+        while chunk := list(itertools.islice(waiting, together)):
+            for reply in self._answered(chunk, begun, deadline):
+                yield reply
 
     def _answered(self, chunk: Sequence[Request], begun: float, deadline: float | None) -> Iterator[Reply]:
         """The replies of clients that are answered together; those that come late are answered for."""

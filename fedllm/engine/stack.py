@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.core.tensors import Tensors
+from fedllm.core.tensors import Tensors, in_one_piece
 
 LINE = 1024
 """Entries of a line: rows of a block are this long, or a multiple."""
@@ -70,12 +70,12 @@ class Stack:
         """The tensors that lie in blocks of this layout."""
         return {name: place.view(blocks) for name, place in self.places.items()}
 
-    def tree(self, rows: Blocks, like: Tensors) -> Tensors:
-        """The tensors of one client's rows [P], as views in the shapes of `like`."""
-        found: Tensors = {}
-        for name, place in self.places.items():
-            whole, shape = rows[place.dtype].narrow(0, place.begin, place.size).view(place.shape), like[name].shape
-            found[name] = whole if whole.shape == shape else whole[corner(shape)]
+    def trees(self, blocks: Blocks, like: Sequence[Tensors]) -> list[Tensors]:
+        """The tensors of each client that lie in blocks of this layout, as views in the shapes of its tree in `like`."""
+        found: list[Tensors] = [{} for _ in like]
+        for name, view in self.views(blocks).items():
+            for tree, own, row in zip(found, like, view.unbind(), strict=True):
+                tree[name] = row if row.shape == own[name].shape else row[corner(own[name].shape)]
         return found
 
     def like(self, trees: Sequence[Tensors]) -> Blocks:
@@ -179,19 +179,17 @@ def _block(
 ) -> torch.Tensor:
     """The tensors of one number type as rows of so many entries, a row for each tree."""
     own = {name: place for name, place in places.items() if place.dtype == dtype}
+    block, end = torch.zeros(len(trees), width, dtype=dtype), sum(place.size for place in own.values())
     with torch.no_grad():
-        if all(tree[name].shape == place.shape for tree in trees for name, place in own.items()):
-            flat = [
-                [tree[name].to("cpu", dtype).reshape(1, place.size) for name, place in own.items()] for tree in trees
-            ]
-            rows = [_lines(row, width) for row in flat]
-            return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(device)
-        block = torch.zeros(len(trees), width, dtype=dtype, device=device)
-        for name, place in own.items():
-            view = place.view({dtype: block})
-            for k, tree in enumerate(trees):
-                view[(k, *corner(tree[name].shape))].copy_(tree[name])
-        return block
+        for k, tree in enumerate(trees):
+            same = all(tree[name].shape == place.shape for name, place in own.items())
+            whole = in_one_piece(tree[name] for name in own) if same else None
+            if whole is not None:
+                block[k, :end].copy_(whole)
+                continue
+            for name, place in own.items():
+                place.view({dtype: block})[(k, *corner(tree[name].shape))].copy_(tree[name])
+    return block.to(device)
 
 
 def _lines(parts: list[torch.Tensor], width: int) -> torch.Tensor:

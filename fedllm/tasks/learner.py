@@ -21,7 +21,7 @@ from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
 from fedllm.models.structure import is_encoder_decoder
 from fedllm.tasks.decode import context, continue_prompts
-from fedllm.tasks.head import Head
+from fedllm.tasks.head import Head, at
 from fedllm.tasks.masked import MaskedLM
 from fedllm.tasks.settings import TaskSettings
 from fedllm.tasks.sight import check_apart, unseen
@@ -349,7 +349,7 @@ class TransformerLearner:
         if self.head.selective:
             with self.head.only(rows, positions), self.adapted.at(rows, batch.inputs["input_ids"].shape[0]):
                 return self.adapted.call(self._read(batch)).logits, rows
-        return self.adapted.call(self._read(batch)).logits[rows, positions], rows
+        return at(self.adapted.call(self._read(batch)).logits, rows, positions), rows
 
     def _read(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The model's inputs; without a mask for padding where no text sees it, or positions tell texts apart."""

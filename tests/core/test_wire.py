@@ -18,8 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.core import wire
+from fedllm.core import layout
 from fedllm.core.errors import ConfigError, DecodeError
+from fedllm.core.layout import DTYPES, HEADER_LIMIT, written
 from fedllm.core.message import (
     PARTS,
     Dense,
@@ -35,7 +36,8 @@ from fedllm.core.message import (
 )
 from fedllm.core.reducer import OwnedSum, Update
 from fedllm.core.view import View
-from fedllm.core.wire import DTYPES, HEADER_LIMIT, VERSION, Decoder, _file, decode, encode, size_by_part
+from fedllm.core.tensors import in_one_piece
+from fedllm.core.wire import VERSION, decode, encode, size_by_part
 
 DTYPE_LIST = sorted(DTYPES, key=str)
 
@@ -258,7 +260,7 @@ def test_sizes_of_a_message_that_others_made_add_up(facts: str) -> None:
     """Facts of a form that this package does not write, or so deep that writing them may fail."""
     part = f'{{"kind": "dense", "facts": {facts}}}'
     structure = f'{{"version": 1, "class": "message", "numbers": {{}}, "parts": {{"p": {part}}}}}'
-    data = _file({}, {"fedllm": structure})
+    data = written({}, structure)
     decode(data)
     sizes = size_by_part(data)
     assert sum(sizes.values()) == len(data) and min(sizes.values()) >= 0
@@ -273,8 +275,8 @@ def test_the_file_is_what_the_library_would_write(seed: int) -> None:
         shape = [draw.randint(0, 4) for _ in range(draw.randint(0, 3))]
         made = (torch.randn(shape) * 50).to(draw.choice(DTYPE_LIST))
         tensors[draw.choice(odd) + str(draw.randint(0, 30))] = made
-    facts = {"fedllm": json.dumps({"x": draw.choice(odd)})}
-    assert _file(tensors, facts) == safetensors.torch.save(tensors, facts)
+    text = json.dumps({"x": draw.choice(odd)})
+    assert written(tensors, text) == safetensors.torch.save(tensors, {"fedllm": text})
 
 
 def test_the_bytes_are_a_safetensors_file(tmp_path: Path) -> None:
@@ -681,23 +683,3 @@ def test_errors_name_the_fault_and_what_to_do() -> None:
         decode(CASES["header longer than the file"])
 
 
-def test_one_body_read_for_many_is_read_once_and_shared_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: list[int] = []
-    whole = wire.load
-    monkeypatch.setattr(wire, "load", lambda data: (reads.append(len(data)), whole(data))[1])
-    body = encode(Received({"w": torch.arange(3.0)}, {"list": [1, 2]}, said=Texts(("one",))))
-    read = Decoder()
-    first, second = read(body), read(body)
-    assert len(reads) == 1 and same(first, second) and same(first, decode(body))
-    first["params"]["w"].zero_()
-    first.numbers["list"].append(3)
-    assert same(second, decode(body)) and same(read(body), second)
-    other = encode(Received({"w": torch.ones(2)}))
-    assert same(read(other), decode(other)) and same(read(body), second)
-    with pytest.raises(DecodeError):
-        read(body[:-1])
-    assert same(read(body), second), "what could not be read is not kept"
-    monkeypatch.setattr(wire, "HELD_LIMIT", len(body) - 1)
-    before = len(reads)
-    large = Decoder()
-    assert same(large(body), large(body)) and len(reads) == before + 2 and not large._tensors

@@ -36,7 +36,7 @@ def test_what_goes_in_comes_out(count: int) -> None:
     assert list(stack.tensors) == list(SHAPES)
     for k, own in enumerate(trees):
         assert equal({n: t[k].detach() for n, t in stack.tensors.items()}, own)
-        assert equal(stack.tree({d: block[k] for d, block in stack.blocks.items()}, own), own)
+        assert equal(stack.trees(stack.blocks, trees)[k], own)
     assert {block.shape for block in stack.blocks.values()} == {(count, LINE)}
     trees[0]["a"].zero_()
     assert stack.tensors["a"][0].detach().abs().sum() > 0, "a copy"
@@ -49,7 +49,7 @@ def test_number_types_have_blocks_of_their_own_and_half_precision_is_widened() -
         "half": torch.float32, "double": torch.float64, "single": torch.float32,
     }  # fmt: skip
     for k, own in enumerate(trees):
-        found = stack.tree({d: block[k] for d, block in stack.blocks.items()}, own)
+        found = stack.trees(stack.blocks, trees)[k]
         assert equal(found, {name: tensor.to(found[name].dtype) for name, tensor in own.items()})
 
 
@@ -59,7 +59,7 @@ def test_smaller_tensors_are_padded_with_zeros_and_cut_back() -> None:
     assert stack.tensors["A"].shape == (3, 5, 6) and stack.tensors["B"].shape == (3, 4, 5)
     assert not stack.tensors["A"][0, 2:].any() and not stack.tensors["B"][0, :, 2:].any()
     for k, own in enumerate(trees):
-        assert equal(stack.tree({d: block[k] for d, block in stack.blocks.items()}, own), own)
+        assert equal(stack.trees(stack.blocks, trees)[k], own)
 
 
 def test_rows_side_by_side_are_no_copy_and_others_are() -> None:
