@@ -15,6 +15,7 @@ from benchmarks.ground import interleaved, ratio, seconds
 from benchmarks.show import main
 from fedllm.core.message import Upload
 from fedllm.core.reducer import Mean, Reduction
+from fedllm.core.wire import decode, encode
 
 QUESTION = "How fast is the mean of many uploads against copying their bytes, and does its memory grow with them?"
 HEAD = ("parameters", "uploads", "mean GB/s", "copy GB/s", "share of a copy", "memory, in uploads: first tenth", "all")
@@ -27,13 +28,14 @@ CASES = (1_000_000, 10_000_000)
 
 
 def uploads(parameters: int) -> list[Upload]:
-    """Distinct uploads of so many random parameters, with unequal weights."""
+    """Distinct uploads of so many random parameters, with unequal weights, as they come out of their messages."""
     draw = torch.Generator().manual_seed(0)
     sizes = [len(part) for part in torch.arange(parameters).tensor_split(TENSORS)]
-    return [
+    sent = [
         Upload({f"layer.{n:02d}": torch.randn(size, generator=draw) for n, size in enumerate(sizes)}, weight=10.0 + one)
         for one in range(DISTINCT)
     ]
+    return [message for upload in sent if isinstance(message := decode(encode(upload)), Upload)]
 
 
 def mean(given: list[Upload], count: int, watch: Callable[[int], None] | None = None) -> None:

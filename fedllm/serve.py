@@ -26,7 +26,7 @@ from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.seeds import derive, torch_stream
 from fedllm.models.load import Loaded, load_model
 from fedllm.models.settings import ModelSettings
-from fedllm.tasks.template import DATE, Template
+from fedllm.tasks.template import Template, chat
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 LARGEST = 1024 * 1024
@@ -152,12 +152,10 @@ class Writer:
         if not self.tokenizer.chat_template:
             raise BadRequest(f"{self.name} has no chat template. Ask /v1/completions.")
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, date_string=DATE
-            )
+            text = chat(self.tokenizer, messages, True)
         except Exception as fault:  # templates raise what they like
             raise BadRequest(f"The messages do not fit the model's chat template: {fault}") from None
-        return self.encode(str(text), special=False)  # the template wrote them, as in training
+        return self.encode(text, special=False)  # the template wrote them, as in training
 
     def write(
         self,

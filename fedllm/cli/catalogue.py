@@ -124,6 +124,7 @@ def is_linear(kind: Any) -> bool | None:
 def map_table(found: list[dict[str, Any]], signs: dict[str, str]) -> Table:
     """The map: a heading per topic, a row per method."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
@@ -137,7 +138,7 @@ def map_table(found: list[dict[str, Any]], signs: dict[str, str]) -> Table:
             if before is not None:
                 table.add_row()
             before = one["topic"]
-            table.add_row("", "", f"[bold cyan]{before}[/]")
+            table.add_row("", "", Text(before, "bold cyan"))
         works = [*(m for m in one["models"] if m != "any"), *(a for a in one["adapters"] if a != "any")]
         clause = one["title"].partition(" - ")[2] or one["title"]
         linear = {True: "yes", False: "no", None: ""}[one["linear"]]

@@ -22,12 +22,14 @@ PIPED_WIDTH = 160
 
 
 def console(errors: bool = False) -> Console:
-    """A console on stdout, or on stderr where `errors`."""
+    """A console on stdout, or on stderr where `errors`. It writes what it is given: `:AB:` in a fingerprint is no emoji,
+    and `[a]` in a name is no style.
+    """
     from rich.console import Console
 
     stream = sys.stderr if errors else sys.stdout
     wide = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=stream, width=wide, highlight=False)
+    return Console(file=stream, width=wide, highlight=False, markup=False, emoji=False)
 
 
 def interactive(place: Console) -> bool:
@@ -54,13 +56,13 @@ def fitted(table: Table, width: int) -> Table:
 
 def say(text: str = "", style: str | None = None, errors: bool = False) -> None:
     """Print a line as it is: no markup and no line breaks of its own, so that paths can be copied."""
-    console(errors).print(text, style=style, markup=False, soft_wrap=True)
+    console(errors).print(text, style=style, soft_wrap=True)
 
 
 def tell(text: str, style: str | None = None, errors: bool = False) -> None:
     """Print sentences, broken between words where they are wider than a terminal."""
     place = console(errors)
-    place.print(text, style=style, markup=False, soft_wrap=not interactive(place))
+    place.print(text, style=style, soft_wrap=not interactive(place))
 
 
 def emit(value: Any) -> None:
@@ -96,11 +98,13 @@ def can_show(characters: str) -> bool:
 @contextmanager
 def loading(text: str) -> Iterator[None]:
     """A spinner on stderr while libraries are loaded; nothing where stderr is no terminal."""
+    from rich.text import Text
+
     place = console(errors=True)
     if not interactive(place):
         yield
         return
-    with place.status(f"{text} ...", refresh_per_second=4):
+    with place.status(Text(f"{text} ..."), refresh_per_second=4):
         yield
 
 

@@ -1,8 +1,8 @@
 """Layout - one safetensors file in memory: how tensors and a text become its bytes, and how they are cut out again.
 
 The tensors of a part lie one behind the other, in the file and in memory after it was read, so that whoever adds up
-what a thousand clients sent, or looks for a NaN in it, does so in one operation. Files of the same tensors have the same
-layout: it is written once, and checked once, by the safetensors library.
+what a thousand clients sent, or looks for a NaN in it, does so in one operation. Files of the same tensors have the
+same layout: it is written once, and checked once, by the safetensors library.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, header: Mapping[str, Any]) -> Layout:
-        """The layout of a header that the library has accepted; raises ValueError or KeyError for what may not travel."""
+        """The layout of a header that the library has accepted; ValueError or KeyError for what may not travel."""
         ordered = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
         pieces: list[tuple[torch.dtype, int, int]] = []
         parts: dict[str, list[tuple[str, int, tuple[int, ...], tuple[int, ...], int]]] = {}

@@ -122,7 +122,8 @@ class _RunningMean(Running):
         if self.sums is None:
             self._make_room(type(part), tensors)
         for name, tensor in tensors.items():
-            self.dtypes[name] = torch.promote_types(self.dtypes[name], tensor.dtype)
+            if tensor.dtype != self.dtypes[name]:
+                self.dtypes[name] = torch.promote_types(self.dtypes[name], tensor.dtype)
         self.total += share
         self.waiting.append((tensors, share))
         self.held += size_in_bytes(tensors)

@@ -88,7 +88,7 @@ def count(tree: Mapping[str, torch.Tensor]) -> int:
 
 def size_in_bytes(tree: Mapping[str, torch.Tensor]) -> int:
     """The bytes of the raw entries."""
-    return sum(t.numel() * t.element_size() for t in tree.values())
+    return sum(t.nbytes for t in tree.values())
 
 
 def in_one_piece(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
@@ -96,16 +96,19 @@ def in_one_piece(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
 
     What a message brings does (see :mod:`fedllm.core.layout`): one operation then does for many small tensors.
     """
-    first, begin, end, memory = None, 0, 0, 0
-    for tensor in tensors:
-        if first is None:
-            first, begin, memory = tensor, tensor.storage_offset(), tensor.untyped_storage().data_ptr()
-            end = begin
-        here = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == memory
-        if not memory or not here or tensor.dtype != first.dtype or not tensor.is_contiguous():
+    held = list(tensors)
+    if not held:
+        return None
+    first, dtype, size = held[0], held[0].dtype, held[0].element_size()
+    begin = end = first.data_ptr()  # 0 where nothing lies in memory
+    for tensor in held:
+        if tensor.data_ptr() != end or tensor.dtype != dtype or not tensor.is_contiguous():
             return None
-        end += tensor.numel()
-    return None if first is None else first.detach().as_strided((end - begin,), (1,), begin)
+        end += tensor.numel() * size
+    count, offset = (end - begin) // size, first.storage_offset()
+    if not begin or (offset + count) * size > first.untyped_storage().nbytes():
+        return None  # neighbours in memory, but not of one piece
+    return first.detach().as_strided((count,), (1,), offset)
 
 
 def strides_of(shape: Sequence[int]) -> tuple[int, ...]:

@@ -104,9 +104,9 @@ class _Fit:
     def _finish(self, done: list[tuple[int, int]]) -> None:
         """Take what these (row, number) have trained, and its change, out of the stack."""
         rows, numbers = [row for row, _ in done], [k for _, k in done]
-        like = [self.requests[k].start for k in numbers]
         ended = {dtype: rows_of(block, rows).cpu() for dtype, block in self.stack.blocks.items()}
         changes = {dtype: block - rows_of(self.start[dtype], numbers).cpu() for dtype, block in ended.items()}
+        like = [self.requests[k].start for k in numbers]
         trees = self.stack.trees(ended, like), self.stack.trees(changes, like)
         for (row, k), params, delta in zip(done, *trees, strict=True):
             self.finished[k] = params, delta

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -37,41 +38,66 @@ class Place:
         return block.narrow(1, self.begin, self.size).view(len(block), *self.shape)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How the tensors of a client lie in its rows.
+
+    Attributes:
+        places: where each name lies; those of a number type one behind the other.
+        cuts: how many entries each of them has, and how many are left of the last line, by number type.
+    """
+
+    places: Mapping[str, Place]
+    cuts: Mapping[torch.dtype, tuple[int, ...]]
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, forms: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Form:
+        """For tensors of these names, number types and shapes; in float32 or better."""
+        places, cuts = dict[str, Place](), dict[torch.dtype, list[int]]()
+        for name, given, shape in forms:
+            dtype = torch.promote_types(given, torch.float32)
+            before = cuts.setdefault(dtype, [])
+            places[name] = Place(dtype, shape, sum(before), math.prod(shape))
+            before.append(places[name].size)
+        return cls(places, {dtype: (*sizes, -sum(sizes) % LINE) for dtype, sizes in cuts.items()})
+
+
 class Stack:
     """The tensors that K clients train.
 
     Args:
-        places: where each name lies; those of a number type one behind the other.
+        form: how each client's lie in its rows.
         blocks: the memory; whoever changes it changes :attr:`tensors`.
 
     Attributes:
         tensors: every name as a view [K, ...] that a gradient can be asked of.
     """
 
-    def __init__(self, places: Mapping[str, Place], blocks: Blocks) -> None:
-        self.places, self.blocks = places, blocks
+    def __init__(self, form: Form, blocks: Blocks) -> None:
+        self.form, self.places, self.blocks = form, form.places, blocks
         self.tensors = {name: view.detach().requires_grad_() for name, view in self.views(blocks).items()}
 
     @classmethod
     def of(cls, trees: Sequence[Tensors], device: torch.device) -> Stack:
         """A copy of equally named trees, one of each client, in float32 or better."""
-        places, ends = dict[str, Place](), dict[torch.dtype, int]()
+        forms = list[tuple[str, torch.dtype, tuple[int, ...]]]()
         for name, first in trees[0].items():
-            dtype = torch.promote_types(first.dtype, torch.float32)
-            shape = tuple(first.shape)
-            if any(tree[name].shape != first.shape for tree in trees):
+            shape = first.shape
+            if any(tree[name].shape != shape for tree in trees):
                 shape = tuple(map(max, zip(*(tree[name].shape for tree in trees), strict=True)))
-            places[name] = Place(dtype, shape, ends.get(dtype, 0), math.prod(shape))
-            ends[dtype] = places[name].begin + places[name].size
-        widths = {dtype: -(-end // LINE) * LINE for dtype, end in ends.items()}
-        return cls(places, {dtype: _block(dtype, width, places, trees, device) for dtype, width in widths.items()})
+            forms.append((name, first.dtype, shape))
+        made = Form.of(tuple(forms))
+        return cls(made, {dtype: _block(dtype, made, trees, device) for dtype in made.cuts})
 
     def views(self, blocks: Blocks) -> Tensors:
-        """The tensors that lie in blocks of this layout."""
-        return {name: place.view(blocks) for name, place in self.places.items()}
+        """The tensors of all clients, [K, ...], that lie in blocks of this layout."""
+        pieces = {dtype: iter(block.split(self.form.cuts[dtype], 1)) for dtype, block in blocks.items()}
+        count = len(next(iter(blocks.values())))
+        return {name: next(pieces[place.dtype]).view(count, *place.shape) for name, place in self.places.items()}
 
     def trees(self, blocks: Blocks, like: Sequence[Tensors]) -> list[Tensors]:
-        """The tensors of each client that lie in blocks of this layout, as views in the shapes of its tree in `like`."""
+        """Each client's tensors that lie in blocks of this layout, as views in the shapes of its tree in `like`."""
         found: list[Tensors] = [{} for _ in like]
         for name, view in self.views(blocks).items():
             for tree, own, row in zip(found, like, view.unbind(), strict=True):
@@ -80,11 +106,11 @@ class Stack:
 
     def like(self, trees: Sequence[Tensors]) -> Blocks:
         """Blocks of this layout with other tensors of the same clients."""
-        return {d: _block(d, block.shape[1], self.places, trees, block.device) for d, block in self.blocks.items()}
+        return {dtype: _block(dtype, self.form, trees, block.device) for dtype, block in self.blocks.items()}
 
     def rows(self, chosen: Sequence[int]) -> Stack:
         """Some of the clients; no copy where they lie side by side."""
-        return Stack(self.places, {dtype: rows_of(block, chosen) for dtype, block in self.blocks.items()})
+        return Stack(self.form, {dtype: rows_of(block, chosen) for dtype, block in self.blocks.items()})
 
     def gathered(self, tensors: Mapping[str, torch.Tensor | None]) -> Blocks:
         """New blocks of this layout with stacked tensors [K, ...]; zeros for None."""
@@ -174,12 +200,12 @@ def corner(shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in shape)
 
 
-def _block(
-    dtype: torch.dtype, width: int, places: Mapping[str, Place], trees: Sequence[Tensors], device: torch.device
-) -> torch.Tensor:
-    """The tensors of one number type as rows of so many entries, a row for each tree."""
-    own = {name: place for name, place in places.items() if place.dtype == dtype}
-    block, end = torch.zeros(len(trees), width, dtype=dtype), sum(place.size for place in own.values())
+def _block(dtype: torch.dtype, form: Form, trees: Sequence[Tensors], device: torch.device) -> torch.Tensor:
+    """The tensors of one number type, a row for each tree."""
+    own = {name: place for name, place in form.places.items() if place.dtype == dtype}
+    *sizes, rest = form.cuts[dtype]
+    end = sum(sizes)
+    block = torch.zeros(len(trees), end + rest, dtype=dtype)
     with torch.no_grad():
         for k, tree in enumerate(trees):
             same = all(tree[name].shape == place.shape for name, place in own.items())

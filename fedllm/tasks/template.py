@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from fedllm.core.errors import ConfigError, DataError, nearest
@@ -14,8 +16,10 @@ PLAIN = "### Instruction:\n{instruction}\n\n### Response:\n"
 PLAIN_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 BREAK = "\n\n"
 """What stands between the turns of a conversation without a chat template."""
-DATE = "26 Jul 2024"
-"""The date that chat templates are told, so that tokens do not depend on the day; Llama 3.x's own default."""
+TODAY = datetime(2024, 7, 26)
+"""The day that chat templates are told, so that tokens do not depend on the calendar; Llama 3.x's own default."""
+DATE = TODAY.strftime("%d %b %Y")
+"""The same as chat templates write it."""
 SENTINEL = "0answer0"
 """An answer that no template writes by itself."""
 
@@ -43,8 +47,8 @@ class Template:
         tokenizer: a transformers tokenizer.
         system: a system message for chat templates.
 
-    Chat templates that take a `date_string` (Llama 3.x) are given the fixed :data:`DATE`: tokens are the same on every
-    day. Templates that read the clock whatever they are given still depend on it.
+    Chat templates are told one fixed day, :data:`TODAY`, in either way in which they ask for it (see :func:`undated`):
+    tokens are the same on every day.
     """
 
     def __init__(self, name: str, tokenizer: Any, system: str | None = None) -> None:
@@ -190,14 +194,33 @@ class Template:
         own = bool(messages) and messages[0]["role"] == "system"
         system = [{"role": "system", "content": self.system}] if self.system and not own else []
         try:
-            return self.tokenizer.apply_chat_template(
-                [*system, *messages], tokenize=False, add_generation_prompt=open_answer, date_string=DATE
-            )
+            return chat(self.tokenizer, [*system, *messages], open_answer)
         except TemplateError as fault:
             raise DataError(
                 f"The tokenizer's chat template refuses a conversation of {len(messages)} messages: {fault}.",
                 action="Look at the roles in the column 'messages', or set task.template=plain.",
             ) from fault
+
+
+def chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], open_answer: bool) -> str:
+    """A conversation as the tokenizer's chat template writes it; with `open_answer`, to where an answer begins."""
+    own = tokenizer.chat_template
+    template = undated(own) if isinstance(own, str) else None  # several by name: the library chooses
+    how = {"tokenize": False, "add_generation_prompt": open_answer, "date_string": DATE}
+    return str(tokenizer.apply_chat_template(list(messages), chat_template=template, **how))
+
+
+@functools.lru_cache(maxsize=8)
+def undated(template: str) -> str:
+    """A chat template with :data:`TODAY` where it asks for the time in a format of its own (Mistral, SmolLM3, gpt-oss).
+
+    The function `strftime_now` that such templates call is the library's: its result is written in place of the call.
+    """
+    return re.sub(
+        r"""\bstrftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""",
+        lambda call: repr(TODAY.strftime(call[1] or call[2] or "")),
+        template,
+    )
 
 
 def _not_kept() -> ConfigError:

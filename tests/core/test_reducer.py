@@ -17,7 +17,7 @@ from fedllm.core import reducer
 from fedllm.core.errors import ConfigError, UploadRejected
 from fedllm.core.message import Dense, Message, Owned, Part, Scalars, SeedCoefficients, Table, Texts, Upload
 from fedllm.core.reducer import STRETCH, WAITING, Collect, Mean, OwnedMean, OwnedSum, Reducer, Reduction
-from fedllm.core.tensors import Tensors
+from fedllm.core.tensors import Tensors, in_one_piece
 from fedllm.core.view import View
 from fedllm.core.wire import decode, encode
 
@@ -516,17 +516,40 @@ def test_the_same_with_owners() -> None:
     assert not any(ref() is not None for ref in alive)
 
 
-def test_threads_share_tensors_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_the_work_and_give_the_same_bits() -> None:
     draw = torch.Generator().manual_seed(0)
-    shapes = {"a": (300, 301), "b": (70_000,), "c": (3,), "d": (2, 40_000)}
+    shapes = {"a": (300, 301), "b": (STRETCH + 70_000,), "c": (3,), "d": (2, 40_000)}
     sent = [Upload({n: torch.randn(s, generator=draw) for n, s in shapes.items()}, weight=1.0 + k) for k in range(11)]
 
     def mean(threads: int) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        torch.set_num_threads(threads)
         reduction = Reduction(Mean(), {"update": sent[0].update})
         for number, upload in enumerate(sent):
             reduction.add(f"c{number}", upload)
         return reduction.result(11).params
 
-    one, three = mean(1), mean(3)
+    before = torch.get_num_threads()
+    try:
+        one, three = mean(1), mean(3)
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(one[name], three[name]) for name in shapes)
+
+
+@pytest.mark.parametrize("together", [(True,) * 9, (False, True, True), (True, False), (True, True, True, False)])
+def test_uploads_in_one_piece_are_added_as_those_apart(together: tuple[bool, ...]) -> None:
+    """What came out of a message lies in one piece; the sum is that of its tensors, whatever else waits with it."""
+    draw = torch.Generator().manual_seed(1)
+    trees = [
+        {"b": torch.randn(4, 5, generator=draw), "a": torch.randn(7, generator=draw).bfloat16().float()}
+        for _ in together
+    ]
+    expected, mixed = Reduction(Mean()), Reduction(Mean())
+    for number, (tree, whole) in enumerate(zip(trees, together, strict=True)):
+        upload = Upload(tree, 1.0 + number)
+        again = decode(encode(upload))
+        assert isinstance(again, Upload) and in_one_piece(again.update.values()) is not None
+        expected.add(f"c{number}", upload)
+        mixed.add(f"c{number}", again if whole else Upload(dict(reversed(tree.items())), 1.0 + number))
+    left, right = expected.result(9).params, mixed.result(9).params
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fedllm.core.tensors import (
     add,
     count,
     finite,
+    in_one_piece,
     norm,
     over,
     same_names,
@@ -139,3 +142,55 @@ def test_a_sum_that_overflows_is_finite_all_the_same(dtype: torch.dtype) -> None
 
 def test_infinities_that_cancel_are_found() -> None:
     assert finite({"a": torch.tensor([float("inf"), 1.0, -float("inf")])}) == "a"
+
+
+def test_neighbours_in_memory_are_one_vector_without_a_copy() -> None:
+    whole = torch.arange(24.0)
+    tree = [whole[2:8].view(2, 3), whole[8:9].view(()), whole[9:24].view(5, 3)]
+    found = in_one_piece(tree)
+    assert found is not None and torch.equal(found, whole[2:])
+    found.zero_()
+    assert not tree[2].any() and whole[:2].tolist() == [0.0, 1.0]
+    assert in_one_piece(tree[1:]) is not None and in_one_piece([whole]) is not None
+
+
+def test_what_is_no_neighbour_is_not_taken_for_one() -> None:
+    whole = torch.arange(24.0)
+    one, two, three = whole[:6], whole[6:12], whole[12:]
+    for apart in (
+        [],
+        [two, one],
+        [one, three],
+        [one, one],
+        [one, whole[5:12]],
+        [one.view(2, 3).t(), two],
+        [one, two.view(torch.int32)],
+        [one, two.clone()],
+        [torch.ones(2), torch.ones(2)],
+        [torch.empty(0)],
+        [torch.ones(3).expand(2, 3)],
+    ):
+        assert in_one_piece(apart) is None
+    assert in_one_piece([torch.empty(4, device="meta"), torch.empty(4, device="meta")]) is None
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_one_piece_is_what_concatenation_would_give(sizes: list[int], draw: random.Random) -> None:
+    pieces = list(torch.arange(sum(sizes)).split(sizes))
+    chosen = [draw.choice(pieces) for _ in range(draw.randint(1, 4))]
+    start = draw.randrange(len(pieces))
+    for some in (chosen, pieces[start : draw.randint(start + 1, len(pieces))]):
+        found = in_one_piece(some)
+        assert found is None or torch.equal(found, torch.cat(some))
+    assert in_one_piece(pieces) is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_finite_names_the_first_in_one_piece_too(value: float) -> None:
+    whole = torch.ones(9)
+    tree = dict(zip("abc", whole.split(3), strict=True))
+    assert finite(tree) is None
+    whole[4] = whole[8] = value
+    assert finite(tree) == "b"
+    whole.fill_(torch.finfo(torch.float32).max)
+    assert finite(tree) is None, "the sum overflows, no entry does"

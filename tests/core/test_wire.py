@@ -35,8 +35,8 @@ from fedllm.core.message import (
     Upload,
 )
 from fedllm.core.reducer import OwnedSum, Update
-from fedllm.core.view import View
 from fedllm.core.tensors import in_one_piece
+from fedllm.core.view import View
 from fedllm.core.wire import VERSION, decode, encode, size_by_part
 
 DTYPE_LIST = sorted(DTYPES, key=str)
@@ -683,3 +683,93 @@ def test_errors_name_the_fault_and_what_to_do() -> None:
         decode(CASES["header longer than the file"])
 
 
+# -- layouts that were seen before ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the files that the library looked at; nothing is remembered of other tests."""
+    sizes: list[int] = []
+    whole = layout.deserialize
+    monkeypatch.setattr(layout, "deserialize", lambda data: (sizes.append(len(data)), whole(data))[1])
+    monkeypatch.setattr(layout, "_remembered", {})
+    return sizes
+
+
+def test_a_layout_is_checked_once_and_what_is_read_is_shared_by_nobody(checks: list[int]) -> None:
+    bodies = [
+        encode(Upload({"w": torch.randn(2, 3), "a": torch.randn(4)}, n, said=Texts(("é" * n,)))) for n in range(5)
+    ]
+    first = [decode(body) for body in bodies]
+    again = [decode(body) for body in bodies]
+    assert len(checks) == 1
+    for left, right, body in zip(first, again, bodies, strict=True):
+        assert same(left, right) and encode(left) == body
+        left["update"]["w"].zero_()
+        assert same(right, decode(body))
+
+
+def test_the_tensors_of_a_part_lie_in_one_piece() -> None:
+    whole = {"b": torch.randn(3, 2), "a": torch.randn(5), "c": torch.randn(())}
+    message = decode(encode(Upload(whole, control=whole, mixed={**whole, "n": torch.arange(3)})))
+    for part, tensors in (("update", "abc"), ("control", "abc"), ("mixed", "abc")):
+        found = in_one_piece(message[part][name] for name in tensors)
+        assert found is not None and torch.equal(found, torch.cat([whole[name].flatten() for name in tensors]))
+    apart = [tensor for part in ("update", "control") for tensor in message[part].values()]
+    assert in_one_piece(apart) is None, "a part that is kept does not keep the others"
+
+
+def test_a_file_is_read_as_if_no_other_had_been_before_it(checks: list[int]) -> None:
+    """Damaged in every way, with the layout remembered and without: the same message, or refused both times."""
+    rng, data, kept = random.Random(5), small(), layout._remembered
+    decode(data)
+    known, accepted = dict(kept), 0
+    for _ in range(3000):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 2)):
+            damaged[rng.randrange(len(damaged))] = rng.choice(b'"\\{}[],:0129 aeN')
+        kept.clear()
+        kept.update(known)
+        warm = _read_or_none(bytes(damaged))
+        kept.clear()
+        cold = _read_or_none(bytes(damaged))
+        assert (warm is None) == (cold is None)
+        if warm is not None and cold is not None:
+            accepted += 1
+            assert same(warm, cold) or encode(warm) == encode(cold)
+    assert accepted > 50
+
+
+def _read_or_none(data: bytes) -> Message | None:
+    try:
+        return decode(data)
+    except DecodeError:
+        return None
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_a_remembered_layout_does_not_pass_a_file_of_another_length(checks: list[int], cut: int) -> None:
+    data = encode(Upload({"w": torch.ones(64)}))
+    decode(data)
+    for other in (data[:-cut], data + b"\0" * cut):
+        with pytest.raises(DecodeError):
+            decode(other)
+
+
+def test_so_many_layouts_are_remembered_and_no_large_one(checks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3 * layout.REMEMBERED):
+        decode(encode(Upload({f"w{number}": torch.ones(1)})))
+        assert len(layout._remembered) <= layout.REMEMBERED
+    body = encode(Upload({"large": torch.ones(1)}))
+    monkeypatch.setattr(layout, "REMEMBERED_BYTES", 10)
+    before = len(checks)
+    assert same(decode(body), decode(body)) and len(checks) == before + 2
+
+
+def test_a_header_with_its_text_twice_is_not_remembered(checks: list[int]) -> None:
+    said, other = json.dumps(json.dumps(structure())), json.dumps(json.dumps(structure(weight=7.0)))
+    for key in ("__metadata__", "\\u005f_metadata__"):
+        for second in (said, other):
+            header = f'{{"__metadata__":{{"fedllm":{said}}},"p/x":{json.dumps(entry())},"{key}":{{"fedllm":{second}}}}}'
+            only_refuses(raw(header.encode(), b"\0" * 4))
+    assert not layout._remembered

@@ -215,11 +215,17 @@ def test_a_template_that_writes_its_last_answer_in_its_own_way_is_labelled_whole
     assert answers(Template("chat", tokenizer(upper)), {"messages": TALK[:3]}) == ["<think>\n\n</think>\n\nEINS</s>"]
 
 
-def test_the_tokens_of_a_template_with_a_date_do_not_depend_on_the_day() -> None:
-    dated = (
-        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "Today: {{ date_string }}\n"
-    ) + CHATML
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
+        "{{ strftime_now('%d %b %Y') }}",
+        '{% set today = strftime_now( "%d" ) ~ " " ~ strftime_now("%b %Y") %}{{ today }}',
+        "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}",
+    ],
+)
+def test_the_tokens_of_a_template_with_a_date_do_not_depend_on_the_day(asked: str) -> None:
+    dated = f"Today: {asked}\n" + CHATML
     assert Template("chat", tokenizer(dated)).render({"messages": TALK}).text.startswith("Today: 26 Jul 2024\n")
 
 
