@@ -136,7 +136,8 @@ def read(data: bytes) -> tuple[str, Layout]:
 def _apart(header: bytes) -> tuple[str | None, bytes]:
     """The text of a header as :func:`written` forms it, and what comes behind it; None for any other header.
 
-    The text ends where its quotation mark does: before that, JSON has a backslash in front of each.
+    The text ends where its quotation mark does: before that, JSON has a backslash in front of each. Messages write their
+    facts in ASCII; of any other text, the library judges whether it is one.
     """
     end = header.find(b'"},"')
     if end < 0 or not header.startswith(_LEAD):
@@ -145,7 +146,7 @@ def _apart(header: bytes) -> tuple[str | None, bytes]:
         text = json.loads(header[len(_LEAD) : end + 1].decode())
     except ValueError:
         return None, b""
-    return (text, header[end:].rstrip(b" ")) if isinstance(text, str) else (None, b"")
+    return (text, header[end:].rstrip(b" ")) if isinstance(text, str) and text.isascii() else (None, b"")
 
 
 def _checked(data: bytes, header: bytes) -> tuple[str, Layout]:

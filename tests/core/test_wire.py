@@ -766,6 +766,16 @@ def test_so_many_layouts_are_remembered_and_no_large_one(checks: list[int], monk
     assert same(decode(body), decode(body)) and len(checks) == before + 2
 
 
+def test_a_text_that_the_library_refuses_is_refused_with_a_remembered_layout_too(checks: list[int]) -> None:
+    data = forged(b"\0" * 4, {"p/x": entry()}, numbers={"a": 12345})
+    compact = data.replace(b'": {', b'":{').replace(b'"}, "', b'"},"')
+    compact = raw(compact[8 : len(compact) - 4], b"\0" * 4)
+    assert only_refuses(compact) and layout._remembered
+    for odd in (b"\\ud800", b"\xff", b"\x01"):
+        text = compact[8:-4].replace(b"12345", odd)
+        assert not only_refuses(raw(text, b"\0" * 4))
+
+
 def test_a_header_with_its_text_twice_is_not_remembered(checks: list[int]) -> None:
     said, other = json.dumps(json.dumps(structure())), json.dumps(json.dumps(structure(weight=7.0)))
     for key in ("__metadata__", "\\u005f_metadata__"):
