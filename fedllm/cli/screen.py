@@ -22,8 +22,9 @@ PIPED_WIDTH = 160
 
 
 def console(errors: bool = False) -> Console:
-    """A console on stdout, or on stderr where `errors`. It writes what it is given: `:AB:` in a fingerprint is no emoji,
-    and `[a]` in a name is no style.
+    """A console on stdout, or on stderr where `errors`.
+
+    It writes what it is given: `:AB:` in a fingerprint is no emoji, and `[a]` in a name is no style.
     """
     from rich.console import Console
 

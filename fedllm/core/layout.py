@@ -136,8 +136,8 @@ def read(data: bytes) -> tuple[str, Layout]:
 def _apart(header: bytes) -> tuple[str | None, bytes]:
     """The text of a header as :func:`written` forms it, and what comes behind it; None for any other header.
 
-    The text ends where its quotation mark does: before that, JSON has a backslash in front of each. Messages write their
-    facts in ASCII; of any other text, the library judges whether it is one.
+    The text ends where its quotation mark does: before that, JSON has a backslash in front of each. Messages write
+    their facts in ASCII; of any other text, the library judges whether it is one.
     """
     end = header.find(b'"},"')
     if end < 0 or not header.startswith(_LEAD):

@@ -21,9 +21,9 @@ import numpy
 import torch
 
 from fedllm.core.errors import ConfigError, FedLLMError, ModeConflict, UploadRejected
+from fedllm.core.layout import DIMS_LIMIT, DTYPES
 from fedllm.core.message import PARTS, Dense, Json, Owned, Part, Upload
 from fedllm.core.tensors import Tensors, finite
-from fedllm.core.layout import DIMS_LIMIT, DTYPES
 from fedllm.modes.coded import (
     BYTES_PER_ENTRY,
     MANIFEST_LIMIT,

@@ -17,9 +17,9 @@ import numpy
 import torch
 
 from fedllm.core.errors import MissingExtra
+from fedllm.core.layout import DIMS_LIMIT, DTYPES
 from fedllm.core.message import Json, Part
 from fedllm.core.tensors import Tensors
-from fedllm.core.layout import DIMS_LIMIT, DTYPES
 
 MANIFEST_LIMIT = 16 * 1024 * 1024
 """The largest manifest accepted, in bytes."""

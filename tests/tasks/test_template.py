@@ -218,7 +218,8 @@ def test_a_template_that_writes_its_last_answer_in_its_own_way_is_labelled_whole
 @pytest.mark.parametrize(
     "asked",
     [
-        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}",
         "{{ strftime_now('%d %b %Y') }}",
         '{% set today = strftime_now( "%d" ) ~ " " ~ strftime_now("%b %Y") %}{{ today }}',
         "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}",
