@@ -256,12 +256,14 @@ def judge(recipe: Recipe, trial: bool, line: Line | None = None) -> Iterator[Fin
     follows from it is left out."""
     from fedllm.core.errors import FedLLMError
     from fedllm.data.federation import Federation
+    from fedllm.report.words import count
     from fedllm.run import method_of
 
     stage = "recipe"
     try:
         method = method_of(recipe)
-        yield Finding("recipe", "ok", f"{recipe.name}: {method.key}, {recipe.rounds} rounds, seed {recipe.seed}")
+        rounds = count(recipe.rounds, "round")
+        yield Finding("recipe", "ok", f"{recipe.name}: {method.key}, {rounds}, seed {recipe.seed}")
         stage = "data"
         federation = Federation.build(recipe.data, recipe.seed)
         yield from _data(recipe, federation)
@@ -317,7 +319,7 @@ def _needs(recipe: Recipe, line: Line | None) -> Iterator[Finding]:
 
     from fedllm.models import load
     from fedllm.models.footprint import available_bytes
-    from fedllm.report.words import bytes_text
+    from fedllm.report.words import bytes_text, count
     from fedllm.run import method_of, prepare
 
     free = available_bytes(load.pick_device(recipe.model))
@@ -336,7 +338,8 @@ def _needs(recipe: Recipe, line: Line | None) -> Iterator[Finding]:
     cohort = recipe.cohort_size(len(ground.federation.client_ids))
     up, down = tried.up * cohort, tried.down * cohort
     text = f"{bytes_text(up)} up and {bytes_text(down)} down per round"
-    total = f"{bytes_text(up * recipe.rounds)} up and {bytes_text(down * recipe.rounds)} down in {recipe.rounds} rounds"
+    whole = f"{bytes_text(up * recipe.rounds)} up and {bytes_text(down * recipe.rounds)} down"
+    total = f"{whole} in {count(recipe.rounds, 'round')}"
     yield Finding("bytes", "ok", f"{text}; {total}")
     legs = 1 + sum(name != "base" for name in recipe.evaluation.against)
     step_count = method_of(recipe).train.step_count
@@ -415,12 +418,13 @@ def expected_seconds(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any
 def _across(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any, line: Line) -> Finding:
     """Time of rounds across sites, each with one client of a round and trained as fast as here."""
     from fedllm.engine.nvflare.forecast import round_seconds
+    from fedllm.report.words import count
 
     work = tried.fixed + _steps(ground, steps_of) * tried.step
     seconds = round_seconds(line, tried.down, tried.up, work)
     text = (
-        f"about {seconds:.1f} s a round, {_duration(seconds * recipe.rounds)} in {recipe.rounds} rounds, with one "
-        f"client a site and a line of {line}; {work:.1f} s of a round are training"
+        f"about {seconds:.1f} s a round, {_duration(seconds * recipe.rounds)} in {count(recipe.rounds, 'round')}, with "
+        f"one client a site and a line of {line}; {work:.1f} s of a round are training"
     )
     return Finding("across sites", "ok", text)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.report.words import NAMES, bytes_text, value_text
+from fedllm.report.words import NAMES, bytes_text, count, value_text
 
 CLIENTS = 12
 """Up to so many clients have a column; of more, the table over all of them says enough."""
@@ -46,7 +46,7 @@ def comparison_table(table: Mapping[str, Any]) -> Table:
     """Rows = methods: mean and spread over seeds, the worst clients, the other metrics, what it cost."""
     metric, seeds = table["metric"], table["seeds"]
     others = [name for name in table["rows"][0]["metrics"] if name != metric]
-    counted = f"{table['rounds']} rounds, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    counted = f"{count(table['rounds'], 'round')}, {count(len(seeds), 'seed')}"
     caption = f"{counted}; mean ± standard deviation" if len(seeds) > 1 else counted
     shown = Table(title=table["name"], caption=caption)
     shown.add_column("method")

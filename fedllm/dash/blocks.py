@@ -11,6 +11,7 @@ from typing import Any
 
 from fedllm.report.chart import ticks
 from fedllm.report.words import RATES, bytes_text
+from fedllm.report.words import count as count
 
 Block = dict[str, Any]
 Cell = str | dict[str, Any]
@@ -128,11 +129,6 @@ def axis(metric: str) -> Callable[[float], str]:
 def size(count: float | None) -> str:
     """Bytes for people."""
     return bytes_text(count).replace(".0 ", " ")
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """A number of things."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _ends(line: dict[str, Any], show: Callable[[float], str]) -> str:

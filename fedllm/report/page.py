@@ -19,7 +19,7 @@ from fedllm.core.errors import RunError
 from fedllm.evaluate.clients import Summary, summarise
 from fedllm.report.chart import Bars, Line, bar_chart, heat_map, line_chart, stacked_chart
 from fedllm.report.table import interval_text
-from fedllm.report.words import NAMES, RATES, bytes_text, value_text
+from fedllm.report.words import NAMES, RATES, bytes_text, count, value_text
 
 COLUMNS = 12
 """Up to so many clients have a column and bars of their own; above, their distribution is shown."""
@@ -398,7 +398,9 @@ def traffic(run: Run) -> str:
             points.append((event["round"], total))
         lines.append(Line(name, points, tone))
         totals[key] = total
-    description = f"After {len(events)} rounds {_size(totals['bytes_up'])} up and {_size(totals['bytes_down'])} down."
+    description = (
+        f"After {count(len(events), 'round')} {_size(totals['bytes_up'])} up and {_size(totals['bytes_down'])} down."
+    )
     chart = line_chart("Bytes sent", description, lines, "round", _size, zero=True) if len(events) > 1 else ""
     asked = sum(len(event.get("cohort") or []) for event in events)
     facts = [("Sent by clients", _size(totals["bytes_up"])), ("Received by clients", _size(totals["bytes_down"]))]
@@ -457,8 +459,8 @@ def _labels(run: Run, clients: Mapping[str, Any]) -> str:
         return ""
     totals: dict[str, int] = {}
     for found in counts.values():
-        for label, count in found.items():
-            totals[label] = totals.get(label, 0) + count
+        for label, seen in found.items():
+            totals[label] = totals.get(label, 0) + seen
     few = len(totals) <= STACKED + 1 and len(counts) <= 2 * COLUMNS
     labels, table = _grouped(counts, totals, STACKED if few else HEATED)
     title = "Training rows by label"

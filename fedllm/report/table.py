@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedllm.report.words import NAMES, value_text
+from fedllm.report.words import NAMES, count, value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +65,7 @@ def partition_table(statistics: Mapping[str, Any]) -> Table:
 def caption(result: Mapping[str, Any]) -> str:
     """Method, rounds and the metric's direction."""
     better = "higher" if result["higher_is_better"] else "lower"
-    return f"{result['method']}, {result['rounds']} rounds; {better} is better"
+    return f"{result['method']}, {count(result['rounds'], 'round')}; {better} is better"
 
 
 def interval_text(metric: str, interval: Sequence[float] | None) -> str:

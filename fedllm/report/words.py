@@ -41,6 +41,11 @@ def bytes_text(size: float | None) -> str:
     return f"{size:.1f} TB"
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number of things."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def sentences(table: Mapping[str, Any]) -> list[str]:
     """What the federation reached against base and local, against pooled data and at what cost; what was promised."""
     guard = table.get("guard") or {}
@@ -57,7 +62,7 @@ def _compared(table: Mapping[str, Any]) -> list[str]:
     if federated is None:
         return [
             "Nothing was measured: no client has held-out rows.",
-            f"The model was trained for {table['rounds']} rounds.",
+            f"The model was trained for {count(table['rounds'], 'round')}.",
         ]
     against = []
     if found.get("local") is not None:
@@ -65,10 +70,11 @@ def _compared(table: Mapping[str, Any]) -> list[str]:
     if found.get("base") is not None:
         against.append(f"{value_text(metric, found['base'])} without training")
     article = "an" if name[0] in "aeiou" else "a"
-    first = f"Together the {len(table['clients'])} clients reach {article} {name} of {value_text(metric, federated)}"
+    who, reached = count(len(table["clients"]), "client"), value_text(metric, federated)
+    first = f"Together the {who} reach {article} {name} of {reached}"
     first += f", against {' and '.join(against)}." if against else "."
     up, down = bytes_text(table["bytes"]["up"]), bytes_text(table["bytes"]["down"])
-    sent = f"{up} went up and {down} down in {table['rounds']} rounds"
+    sent = f"{up} went up and {down} down in {count(table['rounds'], 'round')}"
     central = found.get("central")
     if central is None:
         return [first, f"No document left its owner; {sent}."]
