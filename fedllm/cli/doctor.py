@@ -347,7 +347,8 @@ def _needs(recipe: Recipe, line: Line | None) -> Iterator[Finding]:
     passes = f"{ground.width.clients} clients in a pass: {ground.width.why}"
     yield Finding("time", "ok", f"about {_duration(seconds)} for {legs} models; {passes}")
     if line is not None:
-        yield _across(recipe, ground, tried, step_count, line)
+        alone = tried if tried.clients == 1 else asyncio.run(try_rounds(ground, 1))
+        yield _across(recipe, ground, tried if alone.failed else alone, step_count, line)
     yield _disk(recipe, legs, tried, len(ground.federation.client_ids))
 
 
@@ -374,13 +375,13 @@ def _memory(recipe: Recipe, ground: Ground, free: int) -> Finding:
     return Finding("memory needed", "problem" if needed.total_bytes > free else "note", text, action)
 
 
-async def try_rounds(ground: Ground) -> Trial:
-    """Play short rounds of the recipe's method with the clients of one pass; nothing is written."""
+async def try_rounds(ground: Ground, most: int | None = None) -> Trial:
+    """Play short rounds of the recipe's method with the clients of one pass, `most` of them; nothing is written."""
     from fedllm.engine.rounds import evaluate, play_round
     from fedllm.run import Leg, Watch, method_of
 
     method = method_of(ground.recipe)
-    size = min(ground.width.clients, ground.recipe.cohort_size(len(ground.federation.client_ids)))
+    size = min(most or ground.width.clients, ground.recipe.cohort_size(len(ground.federation.client_ids)))
     seconds: list[float] = []
     leg = Leg("trial", method, ground, None, Watch())
     for steps in (1, 1, 3):
@@ -416,7 +417,10 @@ def expected_seconds(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any
 
 
 def _across(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any, line: Line) -> Finding:
-    """Time of rounds across sites, each with one client of a round and trained as fast as here."""
+    """Time of rounds across sites, each with one client of a round and as fast as this machine is with `tried`'s.
+
+    Where one client cannot play a round (secure sums), it is that of a pass of several, and the text says so.
+    """
     from fedllm.engine.nvflare.forecast import round_seconds
     from fedllm.report.words import count
 
@@ -426,6 +430,8 @@ def _across(recipe: Recipe, ground: Ground, tried: Trial, steps_of: Any, line: L
         f"about {seconds:.1f} s a round, {_duration(seconds * recipe.rounds)} in {count(recipe.rounds, 'round')}, with "
         f"one client a site and a line of {line}; {work:.1f} s of a round are training"
     )
+    if tried.clients > 1:
+        text += f" (of {tried.clients} clients in one pass: one alone cannot play a round)"
     return Finding("across sites", "ok", text)
 
 

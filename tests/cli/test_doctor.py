@@ -44,6 +44,21 @@ def test_rounds_across_sites_over_a_line(place):
     assert "with one client a site and a line of 1 Mbit/s and 500 ms" in slow
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_site_trains_one_client_and_not_a_pass(place, monkeypatch, alone):
+    from fedllm.cli import doctor
+
+    async def tried(ground, most=None):
+        if most == 1 and not alone:
+            return doctor.Trial(1, 0, 0, 0, 0, 0, "secure sums need three clients")
+        return doctor.Trial(1, 2.0, 0.0, 0.0, 10, 10) if most == 1 else doctor.Trial(3, 50.0, 0.0, 0.0, 10, 10)
+
+    monkeypatch.setattr(doctor, "try_rounds", tried)
+    text = findings(place.recipe, "--line", "1gbit,0ms")["across sites"]["text"]
+    assert ("2.0 s of a round are training" in text) is alone
+    assert ("50.0 s of a round are training (of 3 clients in one pass: one alone cannot" in text) is not alone
+
+
 def test_a_line_without_a_recipe_is_refused():
     for words in (["--line", "20mbit,50ms"], ["x.yaml", "--no-trial", "--line", "20mbit,50ms"]):
         assert "Name a recipe" in invoke("doctor", *words).stderr
