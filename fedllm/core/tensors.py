@@ -111,6 +111,13 @@ def in_one_piece(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
     return first.detach().as_strided((count,), (1,), offset)
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on a device. To a GPU it goes from pinned memory, so that nobody waits for what that is still doing."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
     """Entries from one index to the next, of a tensor in one piece."""
     strides, step = list[int](), 1

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fedllm.core.errors import ConfigError, FedLLMError, RoundFailed
 from fedllm.core.seeds import derive, numpy_stream
-from fedllm.core.tensors import Tensors, finite
+from fedllm.core.tensors import Tensors, finite, moved
 from fedllm.core.train import Train
 from fedllm.core.work import Example, Fit, FitReport, Learner
 from fedllm.engine.job import Job, Result, examples_of
@@ -26,6 +26,8 @@ from fedllm.engine.stack import Blocks, Stack, add_rows, clip_, corner, is_all, 
 
 FUSED = ("cpu", "cuda")
 """Devices on which torch takes AdamW's step in one go."""
+READ = 256
+"""Steps after which their losses are read."""
 
 
 def fit(learner: Learner, jobs: Sequence[Job]) -> list[Result]:
@@ -78,12 +80,15 @@ class _Fit:
         self.finished: dict[int, tuple[Tensors, Tensors]] = {}
         self.moments: dict[int, Tensors] = {}
         self.spent = [_Spent() for _ in jobs]
+        self.losses: list[tuple[list[int], torch.Tensor]] = []
 
     def run(self) -> list[Result]:
         for step in range(max(self.steps)):
             self._keep([k for k in self.active if self.steps[k] > step])
             self._step(step)
         self._keep([])
+        if self.losses:
+            self._read_losses()
         return [self._report(k) for k in range(len(self.jobs))]
 
     def _keep(self, left: list[int]) -> None:
@@ -129,8 +134,19 @@ class _Fit:
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = rate
             self.optimizer.step()
-        for row, (k, loss) in enumerate(zip(self.active, sums.tolist(), strict=True)):
-            self.spent[k].add(rate, loss, [e for groups in window for e in groups[row]])
+        for row, k in enumerate(self.active):
+            self.spent[k].add(rate, [e for groups in window for e in groups[row]])
+        self.losses.append((self.active, sums))
+        if len(self.losses) == READ:
+            self._read_losses()
+
+    def _read_losses(self) -> None:
+        """Count the losses of the last steps: all at once, because whoever reads a number waits for the device."""
+        numbers = iter(torch.cat([sums for _, sums in self.losses]).tolist())
+        for active, _ in self.losses:
+            for k, loss in zip(active, numbers, strict=False):
+                self.spent[k].loss += loss
+        self.losses.clear()
 
     def _window(self) -> list[list[list[Example]]]:
         """The examples of a step: batch by batch, client by client."""
@@ -144,7 +160,6 @@ class _Fit:
         """Gradients of the mean loss over the labels of the whole window, and the loss sums [K]."""
         request, width = self.requests[0], len(self.active)
         targets = [sum(e.targets for groups in window for e in groups[row]) for row in range(width)]
-        scale = torch.tensor([1.0 / max(n, 1) for n in targets], device=self.device)
         jobs = [self.jobs[k] for k in self.active]
         fixed, terms = self.fixed, self.terms
         if len(self.active) < len(self.jobs):
@@ -156,9 +171,8 @@ class _Fit:
                 parts = _merged(parts)
                 chosen = [[groups[part.client][row] for row in part.rows] for part in parts]
                 owners = [part.client for part in parts]
-                own, share = self.stack.tensors, scale
-                if not is_all(owners, total):
-                    own, share = self.stack.rows(owners).tensors, scale[owners]
+                own = self.stack.tensors if is_all(owners, total) else self.stack.rows(owners).tensors
+                share = moved(torch.tensor([1.0 / max(targets[k], 1) for k in owners]), self.device)
                 drawn = [seeds[k] for k in owners], [part.rows for part in parts]
                 for weight, tree in terms:
                     bound = {**taken(fixed, owners), **own, **taken(tree, owners)}
@@ -262,10 +276,9 @@ class _Spent:
         count = max(1, round(expected * self.steps))
         return _Spent(self.rates, 0.0, 0, count, count, self.steps)
 
-    def add(self, rate: float, loss: float, seen: Sequence[Example]) -> None:
+    def add(self, rate: float, seen: Sequence[Example]) -> None:
         self.rates += rate
         self.steps += 1
-        self.loss += loss
         self.targets += sum(e.targets for e in seen)
         self.examples += len(seen)
         self.tokens += sum(e.tokens for e in seen)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.split import Halves
-from fedllm.core.tensors import Tensors
+from fedllm.core.tensors import Tensors, moved
 from fedllm.core.work import Example, Exposure, Groups, Places
 from fedllm.evaluate import Metric
 from fedllm.evaluate.text import LastNumber, RougeL, TokenF1
@@ -308,11 +308,11 @@ class TransformerLearner:
         if self._both_ways:
             inputs["decoder_input_ids"] = self._shifted([None if e is None else e.labels for e in rows])
         return Batch(
-            {k: v.to(device) for k, v in inputs.items()},
-            (where[0].to(device), where[1].to(device)),
-            kept.to(device),
-            torch.tensor(real, device=device),
-            torch.tensor(clients, device=device),
+            {k: moved(v, device) for k, v in inputs.items()},
+            (moved(where[0], device), moved(where[1], device)),
+            moved(kept, device),
+            moved(torch.tensor(real), device),
+            moved(torch.tensor(clients), device),
         )
 
     def _targets(self, labels: list[torch.Tensor | None]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
