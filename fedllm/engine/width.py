@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,14 @@ def _folder() -> Path:
 
 
 def _key(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> str:
-    """Names the kind of work: device, threads, trainable shapes, model and step."""
+    """Names the kind of work: device, threads, versions, trainable shapes, model and step."""
     shapes = {name: list(tensor.shape) for name, tensor in learner.initial().items()}
     model = getattr(getattr(learner, "loaded", None), "model", None)
     weights = None if model is None else [type(model).__name__, sum(p.numel() for p in model.parameters())]
     place = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else _processor()
     steps = [[example.tokens for example in batch] for batch in batches]
-    facts = [place, torch.get_num_threads(), torch.__version__, shapes, weights, steps, widest, GAIN, WORTH]
+    programs = version("fedllm"), torch.__version__
+    facts = [place, torch.get_num_threads(), programs, shapes, weights, steps, widest, GAIN, WORTH]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
