@@ -209,6 +209,7 @@ def test_dates_read_from_text_are_noted(cache, write):
 
 
 def test_a_column_of_mixed_types_can_be_a_key(cache, write):
+    pytest.importorskip("datasets", "5.0", reason="earlier ones refuse such a file")
     codes, values = load(write("a.jsonl", [{"k": 1}, {"k": "a"}, {"k": 1}])).codes("k")
     assert [values[code] for code in codes] == [1, "a", 1]
 

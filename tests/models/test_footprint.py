@@ -72,7 +72,12 @@ def kept_for_backward(loaded) -> int:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", KINDS)
 def test_activations_are_right_to_a_factor_of_two(family, attention):
-    loaded = load_model(toy(family, attention=attention), KINDS[family])
+    try:
+        loaded = load_model(toy(family, attention=attention), KINDS[family])
+    except ModelError as fault:
+        if (family, attention) != ("t5", "sdpa") or "does not support" not in str(fault):
+            raise
+        pytest.skip("the lowest version of transformers has no such attention for T5")
     said = activation_bytes(loaded.model, toy(family, attention=attention), ROWS, LENGTH, LENGTH)
     assert 1.0 <= said / kept_for_backward(loaded) <= 2.1
 
