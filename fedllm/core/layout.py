@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 
 from fedllm.core.errors import ConfigError, DecodeError
-from fedllm.core.tensors import Tensors, in_one_piece, strides_of
+from fedllm.core.tensors import Tensors, in_one_piece
 
 HEADER_LIMIT = 64 * 1024 * 1024
 """The largest header accepted, in bytes; a header names every tensor."""
@@ -74,7 +74,7 @@ class Layout:
                 pieces.append((dtype, 0, begin))
                 last = part, dtype
             _, entries, first = pieces[-1]
-            parts.setdefault(part, []).append((name, len(pieces) - 1, shape, strides_of(shape), entries))
+            parts.setdefault(part, []).append((name, len(pieces) - 1, shape, _strides(shape), entries))
             pieces[-1] = dtype, entries + math.prod(shape), first
             sizes[part] = sizes.get(part, 0) + end - begin
         return cls(tuple(pieces), {part: tuple(sorted(held)) for part, held in sorted(parts.items())}, sizes)
@@ -183,6 +183,15 @@ def _rest(form: Form) -> tuple[tuple[str, ...], bytes]:
         begin = end
     rest = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     return tuple(name for name, _, _ in ordered), b"}," + rest[1:] if entries else b"}}"
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Entries from one index to the next, of a tensor in one piece."""
+    strides, step = list[int](), 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return tuple(strides)
 
 
 def _piece(data: bytes, dtype: torch.dtype, entries: int, begin: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -116,15 +116,6 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """Entries from one index to the next, of a tensor in one piece."""
-    strides, step = list[int](), 1
-    for size in reversed(shape):
-        strides.insert(0, step)
-        step *= max(size, 1)
-    return tuple(strides)
 
 
 def finite(tree: Mapping[str, torch.Tensor]) -> str | None:

@@ -153,3 +153,15 @@ def test_outputs_belong_to_rows() -> None:
     assert torch.allclose(torch.stack(found), x @ starts(0)["w"] + starts(0)["b"], atol=1e-6)  # type: ignore[arg-type]
     with pytest.raises(FedLLMError, match="0 of the 0 rows"):
         run_together(learner(), [job(Outputs(starts(0), []), 0, [])])
+
+
+@pytest.mark.parametrize("read", [1, 2, 3])
+def test_losses_are_those_of_every_step_whenever_they_are_read(read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of unequal step counts share a pass; what is read late is counted for whoever it belongs to."""
+    requests = [Fit(starts(k), Train(epochs=2, batch_size=2, lr=0.1)) for k in range(4)]
+    expected = [one.loss for one in fitted(requests, 1)]
+    monkeypatch.setattr("fedllm.engine.fit.READ", read)
+    found = [one.loss for one in fitted(requests, 4)]
+    assert [n for _, n in found] == [n for _, n in expected]
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], rel=1e-5)
+    assert len({round(total, 4) for total, _ in found}) == 4
