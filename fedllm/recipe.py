@@ -90,6 +90,9 @@ class Recipe(BaseModel):
     waited for. 0: none."""
     cohort_width: int | Literal["auto"] = "auto"
     """Clients that share a pass of the model; auto chooses by the device and the length of a step."""
+    processes: int = Field(1, ge=1)
+    """Processes of this machine that share the clients of a round. Each holds the model, on the next GPU where there
+    are several, and has its share of the CPU's threads."""
     deadline: float | None = Field(None, gt=0)
     """Seconds a round waits for clients; null waits for all."""
     method: dict[str, Any] = {"name": "fedavg"}

@@ -13,10 +13,13 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as Interface
+
+import torch
 
 from fedllm.core.errors import ConfigError, ModeConflict, RoundFailed
 from fedllm.core.guard import MEASURING, Guard
@@ -35,6 +38,7 @@ from fedllm.core.train import Train
 from fedllm.core.work import Rows
 from fedllm.data.federation import Federation
 from fedllm.data.statistics import statistics
+from fedllm.engine.crew import Crew
 from fedllm.engine.folder import Checkpoint, RunFolder
 from fedllm.engine.lasting import FILE as PRIVACY
 from fedllm.engine.lasting import lasting
@@ -122,6 +126,7 @@ class Ground:
         guard: what stands between uploads and the recipe's method.
         remote: where the clients are elsewhere: the engine of a leg, and what it says of their private stores.
         width: how many clients share a pass.
+        crew: the processes that share the passes of a cohort; None: this one alone.
         measured: the clients that have held-out data (and are to be measured).
         warnings: what a user should know.
     """
@@ -137,6 +142,7 @@ class Ground:
     left: frozenset[str] = frozenset()
     guard: Guard = field(default_factory=Guard)
     remote: Callable[[str, Algorithm], tuple[Engine, Stores]] | None = None
+    crew: Crew | None = None
 
     def left_by(self, method: Algorithm) -> frozenset[str]:
         """Trainable tensors of the learner that this method does not know."""
@@ -159,7 +165,9 @@ class Ground:
         rows, seed = Pooled(self.federation), self.recipe.seed
         coder = codec_of(self.recipe) if _coded(self.recipe, method) else None
         groups = self.roster, self.learners
-        return LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, guard)
+        worker = LocalWorker(self.learner, method, rows, seed, private, debug, *groups, left, coder, guard)
+        worker.crew = self.crew
+        return worker
 
 
 @dataclass(frozen=True)
@@ -262,11 +270,16 @@ def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) 
         measured = sorted(stream.choice(measured, recipe.evaluation.clients, replace=False).tolist())
     roster, learners = groups_of(recipe, federation, labels, method)
     notes = [note for each in (learner, *learners.values()) for note in each.notes]
-    width = choose(recipe.cohort_width, learner, federation if near is None else near, train, cohort)
+    crew = None
+    if recipe.processes > 1:
+        build = partial(learners_of, recipe, labels, method.adapter(), learner.device.type)
+        crew = Crew(build, recipe.processes, {"": learner, **learners})
+    shown = federation if near is None else near
+    width = choose(recipe.cohort_width, learner, shown, train, cohort, recipe.processes)
     warnings = [*federation.warnings, *dict.fromkeys(notes)]
     left = frozenset(learner.initial()) - plain
     guard = guard_of(recipe, federation, method, cohort)
-    return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left, guard)
+    return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left, guard, crew=crew)
 
 
 def check_codec(recipe: Recipe, method: Algorithm) -> None:
@@ -310,6 +323,31 @@ def build_learner(
     return kind(loaded, recipe.task, adapter, labels, recipe.seed)
 
 
+def learners_of(
+    recipe: Recipe, labels: Sequence[str] | None, extra: Mapping[str, Any], device: str, process: int
+) -> dict[str, TransformerLearner]:
+    """The learners of another process of a run: the recipe's as "", those of groups by their names.
+
+    Args:
+        recipe: the recipe.
+        labels: class or tag names.
+        extra: what the method asks of the adapter.
+        device: where the first process has its model: "cuda", "cpu", "mps".
+        process: 1, 2, ...; on GPUs, each process has the next one, if the recipe does not say which.
+    """
+    own = {name: own_recipe(recipe, name) for name, group in recipe.groups.items() if group.model}
+    asked = {"": recipe, **own}.items()
+    return {name: build_learner(_placed(one, device, process), labels, extra) for name, one in asked}
+
+
+def _placed(recipe: Recipe, device: str, process: int) -> Recipe:
+    """The recipe with the GPU of a process."""
+    if device != "cuda" or recipe.model.device not in ("auto", "cuda"):
+        return recipe
+    place = f"cuda:{process % torch.cuda.device_count()}"
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": place})})
+
+
 def plain_names(recipe: Recipe, learner: TransformerLearner, method: Algorithm) -> frozenset[str]:
     """The trainable tensors that the recipe's own adapter has, without what the method added."""
     if not method.adapter():
@@ -321,6 +359,15 @@ def plain_names(recipe: Recipe, learner: TransformerLearner, method: Algorithm) 
     return frozenset(plain.initial())
 
 
+def own_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the model and the adapter of one of its groups."""
+    group = recipe.groups[name]
+    own = merge(recipe.adapter.model_dump(exclude_unset=True), group.adapter)
+    adapter = read(AdapterSettings, own, f"groups.{name}.adapter")
+    model = read(ModelSettings, merge(recipe.model.model_dump(exclude_unset=True), group.model), "model")
+    return recipe.model_copy(update={"model": model, "adapter": adapter})
+
+
 def groups_of(
     recipe: Recipe, federation: Federation, labels: Sequence[str] | None, method: Algorithm
 ) -> tuple[dict[str, Group], dict[str, TransformerLearner]]:
@@ -328,14 +375,12 @@ def groups_of(
     groups: dict[str, Group] = {}
     learners: dict[str, TransformerLearner] = {}
     for name, group in recipe.groups.items():
-        own = merge(recipe.adapter.model_dump(exclude_unset=True), group.adapter)
-        adapter = read(AdapterSettings, own, f"groups.{name}.adapter")
+        other = own_recipe(recipe, name)
+        adapter = other.adapter
         rank = adapter.rank if adapter.kind == "lora" else None
         groups[name] = Group(name, rank, group.device)
         if group.model:
             _may_mix(method, "models", f"groups.{name}.model")
-            model = read(ModelSettings, merge(recipe.model.model_dump(exclude_unset=True), group.model), "model")
-            other = recipe.model_copy(update={"model": model, "adapter": adapter})
             learners[name] = build_learner(other, labels, method.adapter())
         elif adapter.model_copy(update={"rank": recipe.adapter.rank}) != recipe.adapter:
             raise ConfigError(
@@ -874,6 +919,7 @@ def environment(ground: Ground) -> dict[str, Any]:
             "fixed": ground.width.passes.fixed,
             "limit": ground.width.passes.limit,
         },
+        "processes": ground.recipe.processes,
         "model": {
             "name": loaded.name,
             "family": loaded.family,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from fedllm.core.message import Received, Upload
 from fedllm.core.work import Exchange, Fit, FitReport, Learner, Request
 from fedllm.engine.job import Job, alike
 from fedllm.engine.together import run_together
+
+if TYPE_CHECKING:
+    from fedllm.engine.crew import Crew
 
 
 @dataclass
@@ -39,13 +42,16 @@ Outcome = Upload | Exchange | BaseException
 """What a turn came to: its upload, an upload in the middle of a conversation, or an error."""
 
 
-def drive(turns: list[Turn], learner: Learner, width: int | None = None) -> Iterator[tuple[Turn, Outcome]]:
+def drive(
+    turns: list[Turn], learner: Learner, width: int | None = None, crew: Crew | None = None
+) -> Iterator[tuple[Turn, Outcome]]:
     """Run all turns to their end, or to where they wait for the server; yields each with what it came to.
 
     Args:
         turns: the clients' turns.
         learner: the model of those that have none of their own.
         width: how many clients may share a pass that measures or probes; a fit cuts its own passes.
+        crew: the processes that share the work; None: this one alone.
     """
     waiting: list[tuple[Turn, Job]] = []
     paused: set[int] = set()
@@ -57,10 +63,13 @@ def drive(turns: list[Turn], learner: Learner, width: int | None = None) -> Iter
             key, model = alike(first[1]), first[0].learner or learner
             group = [(t, job) for t, job in waiting if (t.learner or learner) is model and alike(job) == key]
             limits = [model.width_limit, None if isinstance(first[1].request, Fit) else width]
-            group = group[: min((limit for limit in limits if limit is not None), default=len(group))]
+            limit = min((limit for limit in limits if limit is not None), default=len(group))
+            group = group[: limit if crew is None else limit * crew.processes]
             taken = {id(turn) for turn, _ in group}
             waiting = [pair for pair in waiting if id(pair[0]) not in taken]
-            for (turn, _), result in zip(group, _run(model, [job for _, job in group]), strict=True):
+            jobs = [job for _, job in group]
+            results = answered(model, jobs) if crew is None else crew.run(model, jobs)
+            for (turn, _), result in zip(group, results, strict=True):
                 yield from _advance(turn, result, waiting, paused)
     finally:  # also where the caller stops early: no coroutine is left open but those that wait for the server
         for turn in turns:
@@ -99,15 +108,15 @@ def _advance(
             yield turn, said
 
 
-def _run(learner: Learner, jobs: list[Job]) -> list[Any]:
-    """One pass; where memory does not suffice, two passes of half the width."""
+def answered(learner: Learner, jobs: list[Job]) -> list[Any]:
+    """One result for each of alike jobs, of one pass; where memory does not suffice, two passes of half the width."""
     try:
         return list(run_together(learner, jobs))
     except torch.OutOfMemoryError:
         if len(jobs) > 1:
             torch.cuda.empty_cache()
             half = len(jobs) // 2
-            return [*_run(learner, jobs[:half]), *_run(learner, jobs[half:])]
+            return [*answered(learner, jobs[:half]), *answered(learner, jobs[half:])]
         return [
             ModelError(
                 f"The model's memory does not suffice for client '{jobs[0].client}'.",
@@ -117,5 +126,5 @@ def _run(learner: Learner, jobs: list[Job]) -> list[Any]:
         ]
     except Exception as fault:  # whatever it is, it belongs to one client: find out which, and let the others finish
         if len(jobs) > 1:
-            return [result for job in jobs for result in _run(learner, [job])]
+            return [result for job in jobs for result in answered(learner, [job])]
         return [fault]

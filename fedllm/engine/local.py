@@ -28,6 +28,7 @@ from fedllm.core.wire import decode, encode
 from fedllm.core.work import Embed, Example, Exchange, Generate, Learner, Outputs, Rows, Score
 from fedllm.core.work import Request as Work
 from fedllm.engine.client import TurnClient
+from fedllm.engine.crew import Crew
 from fedllm.engine.driver import Turn, drive
 from fedllm.engine.job import Job, bound_names, no_data
 from fedllm.engine.private import PrivateStore
@@ -72,9 +73,11 @@ class LocalWorker:
 
     Attributes:
         width: how the clients of a request share passes; a :class:`LocalEngine` sets it.
+        crew: the processes that share the passes; None: this one alone.
         discreet: errors that may quote data are told by their kind alone, and printed here.
     """
 
+    crew: Crew | None = None
     discreet = False
 
     def __init__(
@@ -114,7 +117,7 @@ class LocalWorker:
                 if self.debug:
                     raise
                 yield Reply(request.id, request.client, None, self._reason(fault))
-        for turn, outcome in drive(turns, self.learner, self.width.clients):
+        for turn, outcome in drive(turns, self.learner, self.width.clients, self.crew):
             yield self._reply(turn, outcome, {**turn.cost, "seconds": time.perf_counter() - begun})
 
     def group(self, client: str) -> Group:
@@ -336,6 +339,7 @@ class LocalEngine:
         """See :class:`fedllm.core.server.Engine`. Clients that are stacked are answered together."""
         begun, waiting = time.monotonic(), iter(requests)
         together = self.width.stack if deadline is None else self.width.clients  # who is late is seen in between
+        together *= 1 if self.worker.crew is None else self.worker.crew.processes
         while chunk := list(itertools.islice(waiting, together)):
             for reply in self._answered(chunk, begun, deadline):
                 yield reply

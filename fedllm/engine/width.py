@@ -67,7 +67,9 @@ class Width:
         object.__setattr__(self, "stack", max(self.stack, self.clients))
 
 
-def choose(wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort: int) -> Width:
+def choose(
+    wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort: int, processes: int = 1
+) -> Width:
     """The width of a run: the one wanted, or the best of those that were tried.
 
     Args:
@@ -76,8 +78,9 @@ def choose(wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort
         rows: a few clients' rows are looked at.
         train: batch size.
         cohort: clients per round.
+        processes: those that share a cohort, and the memory of this machine.
     """
-    limit = learner.width_limit
+    limit, cohort = learner.width_limit, -(-cohort // processes)
     if wanted != "auto" and limit != 1:
         return Width(max(1, min(int(wanted), cohort)), "as the recipe says")
     batches = [
@@ -91,7 +94,7 @@ def choose(wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort
         return Width(1, "this adapter trains weights inside the model, so clients take turns")
     timed = _remembered(learner, batches, min(cohort, WIDEST))
     start = learner.initial()
-    stack = max(1, min(cohort, STACK, STACK_BYTES // max(1, COPIES * size_in_bytes(start))))
+    stack = max(1, min(cohort, STACK, STACK_BYTES // processes // max(1, COPIES * size_in_bytes(start))))
     tokens = _tokens(batches[0])
     best = timed["best"]
     reason = f"a step of {tokens} tokens for each of {best} takes {timed['gain']:.1f} times less than one by one"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from fedllm.core.method import Method
 from fedllm.core.server import Engine, Reply, Server
 from fedllm.data.federation import Federation
+from fedllm.engine.crew import Crew
 from fedllm.engine.local import LocalEngine, LocalWorker
 from fedllm.engine.rounds import evaluate, play_round
 from fedllm.methods import methods
@@ -170,6 +172,25 @@ class Watched:
 @pytest.fixture
 def learner(key: str) -> Any:
     return learner_of(key)
+
+
+class Lazily(dict[str, Any]):
+    """Learners by method, made when they are asked for."""
+
+    def __missing__(self, key: str) -> Any:
+        return learner_of(key)
+
+
+def there(process: int) -> Lazily:
+    """The learners of another process."""
+    return Lazily()
+
+
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Crew]:
+    made = Crew(there, 2, {})
+    yield made
+    made.close()
 
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -18,6 +18,7 @@ from fedllm.core.reducer import Mean, Reduction
 from fedllm.core.roster import SERVER
 from fedllm.core.wire import decode, encode
 from fedllm.effects import checks
+from fedllm.engine.crew import Crew
 from fedllm.methods import methods
 from tests.contract.conftest import Table, clients, equal, make, same_state
 
@@ -25,6 +26,9 @@ KEYS = sorted(key for key, kind in methods().items() if kind.__module__.startswi
 PAPERLESS = {"local", "central"}
 FORWARD_ONLY = {"fedbpt"}
 """Methods whose clients only measure: no optimiser step, and no training token."""
+ENLARGES = {"fedpeptao"}
+"""Methods that enlarge last bits (a spectrum from finite differences), and whose clients part while they ask: passes
+then have other clients in them."""
 every_method = pytest.mark.parametrize("key", KEYS)
 
 
@@ -77,6 +81,23 @@ def test_one_by_one_equals_one_pass(key: str, learner: Any) -> None:
     for name, tensor in one.state.params.items():
         assert torch.allclose(tensor, many.state.params[name], atol=2e-5), name
     a, b = one.measure(), many.measure()
+    assert all(abs(a[c]["loss"] - b[c]["loss"]) < 1e-3 for c in a)
+
+
+@every_method
+def test_two_processes_give_the_bits_of_one(key: str, learner: Any, crew: Crew) -> None:
+    """Two clients in each of their passes, as in the one of the other table."""
+    crew.names[id(learner)] = key
+    one, two = Table(key, learner, width=2), Table(key, learner, width=2)
+    two.worker.crew = crew
+    one.rounds(2), two.rounds(2)
+    if key in ENLARGES:
+        assert all(torch.allclose(t, two.state.params[n], atol=2e-5) for n, t in one.state.params.items())
+    else:
+        assert same_state(one.state, two.state)
+        assert [r.loss for r in one.records] == [r.loss for r in two.records]
+    assert one.server.meter.tokens == two.server.meter.tokens
+    a, b = one.measure(), two.measure()
     assert all(abs(a[c]["loss"] - b[c]["loss"]) < 1e-3 for c in a)
 
 

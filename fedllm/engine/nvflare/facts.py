@@ -32,6 +32,8 @@ class SiteFacts(BaseModel):
     """Where models run, in place of the job's model.device."""
     threads: int | None = Field(None, ge=1)
     """Threads of the worker; null: as many as there are cores."""
+    processes: int = Field(1, ge=1)
+    """Processes that share the clients of this site, in place of the job's `processes`; the threads are shared too."""
     models: dict[str, str] | None = None
     """Model names that a job may ask for, each with what is loaded for it here; null: any name, but no folder."""
     methods: list[str] | None = None
@@ -97,7 +99,8 @@ def permitted(recipe: dict[str, Any], facts: SiteFacts) -> dict[str, Any]:
         for key, group in recipe.get("groups", {}).items()
     }
     model = own_model(recipe.get("model", {}), *allowed)
-    return {**recipe, "data": facts.data, "model": model, "groups": groups, "tracking": {}}
+    own = {"data": facts.data, "processes": facts.processes}
+    return {**recipe, **own, "model": model, "groups": groups, "tracking": {}}
 
 
 def own_model(model: dict[str, Any], models: dict[str, str] | None, device: str, trust: bool) -> dict[str, Any]:

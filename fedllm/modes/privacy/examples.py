@@ -66,6 +66,7 @@ class Examples(Guard):
                 action=f"Set train.accumulate=1 and train.batch_size={train.batch_size * train.accumulate}.",
             )
         self.settings, self.sizes, self.train = settings, dict(sizes), train
+        self.sampling = Sampling(settings, train.batch_size)
         if settings.noise is not None:
             self.noise = settings.noise
         else:
@@ -91,16 +92,8 @@ class Examples(Guard):
     def event(self, count: int, noise: float) -> Event:
         """One step of a client with `count` examples."""
         if self.settings.sampling == "poisson":
-            return Sampled(noise, self.rate(count))
-        return FixedSize(noise, self.batch(count), count)
-
-    def rate(self, count: int) -> float:
-        """The chance of an example to be in a step."""
-        return min(1.0, self.train.batch_size / count if self.settings.rate is None else self.settings.rate)
-
-    def batch(self, count: int) -> int:
-        """Examples of a step of fixed size."""
-        return max(1, min(count, round(self.rate(count) * count)))
+            return Sampled(noise, self.sampling.rate(count))
+        return FixedSize(noise, self.sampling.batch(count), count)
 
     # -- at a client --------------------------------------------------------------------------------------------------
 
@@ -138,7 +131,8 @@ class Examples(Guard):
         if self.keep is not None and new:
             self._tell(client, id, event, steps)
             self.keep(self.to_json())
-        return DrawnFit(self, (*names, again) if again else names, self.settings.clip, self._expected(count))
+        named = (*names, again) if again else names
+        return DrawnFit(self.sampling, self.source, self.noise, named, self.settings.clip, self._expected(count))
 
     def spent(self, client: str) -> Json:
         """See :class:`~fedllm.core.guard.Guard`. The last ones are told again: an answer before may have been lost."""
@@ -162,7 +156,8 @@ class Examples(Guard):
                 raise ValueError(str(fault)) from fault
 
     def _expected(self, count: int) -> float:
-        return self.rate(count) * count if self.settings.sampling == "poisson" else float(self.batch(count))
+        poisson = self.settings.sampling == "poisson"
+        return self.sampling.rate(count) * count if poisson else float(self.sampling.batch(count))
 
     # -- guard --------------------------------------------------------------------------------------------------------
 
@@ -241,25 +236,43 @@ def _mark(request: Fit) -> str:
 
 
 @dataclass(frozen=True)
-class DrawnFit:
-    """One fit; implements :class:`~fedllm.core.guard.PrivateFit`."""
+class Sampling:
+    """Who is in a step: each of a client's examples by a coin, or a batch of fixed size."""
 
-    guard: Examples
+    settings: PrivacySettings
+    batch_size: int
+
+    def rate(self, count: int) -> float:
+        """The chance of an example to be in a step."""
+        return min(1.0, self.batch_size / count if self.settings.rate is None else self.settings.rate)
+
+    def batch(self, count: int) -> int:
+        """Examples of a step of fixed size."""
+        return max(1, min(count, round(self.rate(count) * count)))
+
+
+@dataclass(frozen=True)
+class DrawnFit:
+    """One fit; implements :class:`~fedllm.core.guard.PrivateFit`. It knows of no other client, and no account."""
+
+    sampling: Sampling
+    source: NoiseSource
+    multiplier: float
     names: Sequence[str | int]
     bound: float
     expected: float
 
     def draw(self, count: int, step: int) -> list[int]:
         """By a coin of each, or without replacement."""
-        stream = self.guard.source.stream("examples", *self.names, step)
-        if self.guard.settings.sampling == "poisson":
-            return poisson(range(count), self.guard.rate(count), stream)
-        return sorted(stream.choice(count, size=self.guard.batch(count), replace=False).tolist())
+        stream = self.source.stream("examples", *self.names, step)
+        if self.sampling.settings.sampling == "poisson":
+            return poisson(range(count), self.sampling.rate(count), stream)
+        return sorted(stream.choice(count, size=self.sampling.batch(count), replace=False).tolist())
 
     def summed(self, stacked: Mapping[str, torch.Tensor]) -> Tensors:
         """Clipped and added up."""
         return clip_each(stacked, self.bound).total
 
     def noise(self, like: Mapping[str, torch.Tensor], step: int) -> Tensors:
-        """Of standard deviation z C."""
-        return noise(like, self.guard.noise * self.bound, self.guard.source, "step", *self.names, step)
+        """The noise on the sum of a step, in the shapes of `like`; float64 on the CPU."""
+        return noise(like, self.multiplier * self.bound, self.source, "step", *self.names, step)
