@@ -561,9 +561,12 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     trackers = open_trackers(recipe.tracking, folder.path, recipe.model_dump(mode="json"))
     try:
         finished = all([asyncio.run(leg.play(trackers if leg.name == FEDERATED else [])) for leg in legs])
+        rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
     finally:
         for tracker in trackers:
             tracker.close()
+        if ground.crew is not None:
+            ground.crew.close()
     state = legs[0].state
     from fedllm.models.adapters.export import save_adapter
 
@@ -572,7 +575,6 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     if trained := legs[0].method.weights(state, moving):  # some share no model: there is nothing to save
         whole = {**start, **trained}  # what clients keep to themselves is at its first values
         save_adapter(folder.path / "adapter", ground.learner.adapted, whole)
-    rows = [base_row(ground)] if "base" in recipe.evaluation.against and finished else []
     rows += [leg.row() for leg in legs if leg.state.round or leg.counts]
     order = {"base": 0, "local": 1, "federated": 2, "central": 3}
     table = _table(ground, sorted(rows, key=lambda row: order.get(row["model"], 9)), legs, folder, begun, finished)

@@ -344,7 +344,8 @@ def _needs(recipe: Recipe, line: Line | None) -> Iterator[Finding]:
     legs = 1 + sum(name != "base" for name in recipe.evaluation.against)
     step_count = method_of(recipe).train.step_count
     seconds = expected_seconds(recipe, ground, tried, step_count, legs)
-    passes = f"{ground.width.clients} clients in a pass: {ground.width.why}"
+    shared = f", {recipe.processes} processes" if recipe.processes > 1 else ""
+    passes = f"{count(ground.width.clients, 'client')} in a pass{shared}: {ground.width.why}"
     yield Finding("time", "ok", f"about {_duration(seconds)} for {legs} models; {passes}")
     if line is not None:
         alone = tried if tried.clients == 1 else asyncio.run(try_rounds(ground, 1))
@@ -354,6 +355,7 @@ def _needs(recipe: Recipe, line: Line | None) -> Iterator[Finding]:
 
 def _memory(recipe: Recipe, ground: Ground, free: int) -> Finding:
     from fedllm.core.tensors import count
+    from fedllm.engine.width import sharing
     from fedllm.models.footprint import estimate
     from fedllm.report.words import bytes_text
     from fedllm.run import method_of
@@ -364,24 +366,27 @@ def _memory(recipe: Recipe, ground: Ground, free: int) -> Finding:
     length = max((example.tokens for example in seen), default=recipe.task.max_length)
     labelled = max((example.targets for example in seen), default=length)
     weights = count(learner.initial())
-    needed = estimate(recipe.model, recipe.task.kind, weights, batch, length, ground.width.clients, labelled)
-    parts = (
-        f"model {bytes_text(needed.weights_bytes)}, training {bytes_text(needed.total_bytes - needed.weights_bytes)}"
-    )
-    text = f"about {bytes_text(needed.total_bytes)} needed ({parts}), {bytes_text(free)} free"
-    if needed.total_bytes <= TIGHT * free:
+    one = estimate(recipe.model, recipe.task.kind, weights, batch, length, ground.width.clients, labelled)
+    beside = sharing(learner.device, recipe.processes)
+    parts = f"model {bytes_text(one.weights_bytes)}, training {bytes_text(one.total_bytes - one.weights_bytes)}"
+    each = f", in each of {beside} processes" if beside > 1 else ""
+    needed = one.total_bytes * beside
+    text = f"about {bytes_text(needed)} needed ({parts}{each}), {bytes_text(free)} free"
+    if needed <= TIGHT * free:
         return Finding("memory needed", "ok", text)
-    action = "Lower cohort_width, train.batch_size or task.max_length, or set model.gradient_checkpointing=true."
-    return Finding("memory needed", "problem" if needed.total_bytes > free else "note", text, action)
+    lower = "Lower processes, cohort_width" if beside > 1 else "Lower cohort_width"
+    action = f"{lower}, train.batch_size or task.max_length, or set model.gradient_checkpointing=true."
+    return Finding("memory needed", "problem" if needed > free else "note", text, action)
 
 
 async def try_rounds(ground: Ground, most: int | None = None) -> Trial:
-    """Play short rounds of the recipe's method with the clients of one pass, `most` of them; nothing is written."""
+    """Play short rounds with as many clients as are at work at a time, or with `most`; nothing is written."""
     from fedllm.engine.rounds import evaluate, play_round
     from fedllm.run import Leg, Watch, method_of
 
     method = method_of(ground.recipe)
-    size = min(most or ground.width.clients, ground.recipe.cohort_size(len(ground.federation.client_ids)))
+    recipe, clients = ground.recipe, len(ground.federation.client_ids)
+    size = min(most or ground.width.clients * recipe.processes, recipe.cohort_size(clients))
     seconds: list[float] = []
     leg = Leg("trial", method, ground, None, Watch())
     for steps in (1, 1, 3):

@@ -122,6 +122,7 @@ class Live(Watch):
         self.title = f"{recipe.name}: {what} over {clients} clients"
         asked = "all" if cohort == clients else str(cohort)
         self.subtitle = f"{model} on {ground.learner.device}, {asked} per round, {ground.width.clients} in a pass"
+        self.subtitle += f", {recipe.processes} processes" if recipe.processes > 1 else ""
         if self.expected is None:
             names = ["federated", *(name for name in recipe.evaluation.against if name != "base")]
             self.legs = {name: Progress(name, _label(name, recipe), recipe.rounds) for name in names}

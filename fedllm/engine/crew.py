@@ -9,6 +9,7 @@ alone, and results come in the order of the jobs.
 from __future__ import annotations
 
 import io
+import itertools
 import multiprocessing
 import pickle
 import signal
@@ -30,6 +31,7 @@ from fedllm.core.work import Example, Learner, Probe, Request
 from fedllm.engine.driver import answered
 from fedllm.engine.job import Job
 from fedllm.engine.passes import Passes
+from fedllm.engine.width import part_of_threads
 
 Build = Callable[[int], Mapping[str, Learner]]
 """Makes the learners of process number 1, 2, ...: name -> learner. It is pickled, so it must be found by its name."""
@@ -60,17 +62,6 @@ class Order:
     noised: PrivateFit | None
 
 
-class Foreign(Exception):
-    """An error of a library in another process, told by its name and its text."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(kind, text)
-        self.kind, self.text = kind, text
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.text}"
-
-
 @dataclass(frozen=True)
 class Letter:
     """Orders for one learner, and the examples that come and go with them."""
@@ -86,7 +77,7 @@ class Crew:
 
     Args:
         build: makes the learners of another process.
-        processes: all processes, this one among them; the threads of this one are shared among them.
+        processes: all processes, this one among them; while they work, each has its part of this one's threads.
         learners: the learners of this process, by the names that `build` gives.
     """
 
@@ -96,8 +87,6 @@ class Crew:
         self.build, self.processes = build, processes
         self.names = {id(learner): name for name, learner in learners.items()}
         self.mates: list[_Mate] = []
-        self.threads = _share(processes)
-        self._ended = weakref.finalize(self, _give_back)
 
     def run(self, learner: Learner, jobs: list[Job]) -> Iterator[Any]:
         """The results of alike jobs in their order: those of the first share while the others work on theirs."""
@@ -105,12 +94,14 @@ class Crew:
             yield from answered(learner, jobs)
             return
         first, *rest = _cut(jobs, self.processes)
-        if not self.mates:
-            self.mates = [_Mate(self.build, number, self.threads) for number in range(1, self.processes)]
-        asked = list(zip(self.mates, rest, strict=False))
-        for mate, share in asked:
-            mate.ask(self.names[id(learner)], share)
-        yield from answered(learner, first)
+        with part_of_threads(self.processes) as threads:
+            if not self.mates:
+                self.mates = [_Mate(self.build, number, threads) for number in range(1, self.processes)]
+            asked = list(zip(self.mates, rest, strict=False))
+            for mate, share in asked:
+                mate.ask(self.names[id(learner)], share)
+            found = answered(learner, first)
+        yield from found
         for mate, _ in asked:
             yield from mate.answer()
 
@@ -125,7 +116,8 @@ class _Mate:
     """One of the other processes, as seen from here."""
 
     def __init__(self, build: Build, number: int, threads: int) -> None:
-        self.number, self.letters, self.read = number, 0, 0
+        self.number, self.letters, self.read, self.asked = number, 0, 0, 0
+        self.faults: dict[int, Exception] = {}
         context = multiprocessing.get_context("spawn")
         self.end, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, build, number, threads), daemon=True)
@@ -134,8 +126,9 @@ class _Mate:
         except (pickle.PicklingError, AttributeError, TypeError) as fault:
             raise _unknown_there("The model's recipe", fault) from fault
         theirs.close()
-        self.held: OrderedDict[int, tuple[int, list[Example]]] = OrderedDict()
-        self.tokens, self.named = 0, 0
+        self.held: OrderedDict[int, tuple[int, list[Example], int]] = OrderedDict()
+        self.gone: list[int] = []
+        self.named = 0
         self._ended = weakref.finalize(self, _end, self.end, self.process)
 
     def ask(self, learner: str, jobs: Sequence[Job]) -> None:
@@ -143,24 +136,32 @@ class _Mate:
         if self.read < self.letters:  # nobody took the last answer: it is in the way
             self._receive()
         given: dict[int, list[Example]] = {}
-        orders = [self._order(job, given) for job in jobs]
-        gone = self._forgotten({order.held for order in orders})
-        self.letters += 1
+        orders: list[Order] = []
+        self.asked, self.faults = len(jobs), {}
+        for place, job in enumerate(jobs):
+            try:
+                orders.append(self._order(job, given))
+            except Exception as fault:  # its rows cannot be read: that is this client's alone
+                self.faults[place] = fault
+        self._forget({order.held for order in orders})
         try:
-            letter = _dumps(Letter(learner, orders, given, gone))
+            letter = _dumps(Letter(learner, orders, given, self.gone))
         except (pickle.PicklingError, AttributeError, TypeError) as fault:
+            self.held = OrderedDict((key, held) for key, held in self.held.items() if held[0] not in given)
             raise _unknown_there(f"What the client half of '{jobs[0].client}' asks for", fault) from fault
         try:
             self.end.send_bytes(letter)
         except OSError as fault:
             raise self._dead() from fault
+        self.gone, self.letters = [], self.letters + 1
 
     def answer(self) -> list[Any]:
-        """The results of the last letter; raises what kept the process from working on it."""
-        results = self._receive()
-        if isinstance(results, BaseException):
-            raise results
-        return results
+        """The results of the last jobs; raises what kept the process from working on them."""
+        found = self._receive()
+        if isinstance(found, BaseException):
+            raise found
+        results = iter(found)
+        return [self.faults[place] if place in self.faults else next(results) for place in range(self.asked)]
 
     def close(self) -> None:
         """End the process."""
@@ -191,30 +192,29 @@ class _Mate:
         examples = job.examples(split)
         if id(examples) not in self.held:
             self.named += 1
-            self.held[id(examples)] = self.named, examples
+            self.held[id(examples)] = self.named, examples, sum(example.tokens for example in examples)
             given[self.named] = examples
-            self.tokens += sum(example.tokens for example in examples)
         self.held.move_to_end(id(examples))
         return self.held[id(examples)][0]
 
-    def _forgotten(self, used: set[int | None]) -> list[int]:
-        """The numbers of the examples that the process may forget: not those that are used now."""
-        gone: list[int] = []
-        while self.tokens > HELD_TOKENS:
-            key, (number, examples) = next(iter(self.held.items()))
-            if number in used:
+    def _forget(self, used: set[int | None]) -> None:
+        """Have the process forget examples that are too many: not those that are used now."""
+        tokens = sum(tokens for _, _, tokens in self.held.values())
+        for key, (number, _, own) in list(self.held.items()):
+            if tokens <= HELD_TOKENS or number in used:
                 break
             del self.held[key]
-            self.tokens -= sum(example.tokens for example in examples)
-            gone.append(number)
-        return gone
+            self.gone.append(number)
+            tokens -= own
 
     def _dead(self) -> RunError:
         self.process.join(1.0)
         code = self.process.exitcode
-        how = f"by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"with {code}"
+        how = f"ended with {code}" if code is not None else "does not answer"
+        if code is not None and code < 0:
+            how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
         return RunError(
-            f"Process {self.number} of this run ended {how}.",
+            f"Process {self.number} of this run {how}.",
             "Memory may have been short: every process holds the model.",
             action="Set a smaller 'processes' and go on with 'fedllm resume'; a script that starts a run needs its "
             "call under: if __name__ == '__main__'.",
@@ -223,11 +223,9 @@ class _Mate:
 
 def _cut(jobs: list[Job], parts: int) -> list[list[Job]]:
     """Jobs in at most `parts` shares, side by side, whose lengths differ by at most one; the first is the largest."""
-    parts = min(parts, len(jobs))
-    ends = [len(jobs) * number // parts for number in range(parts + 1)]
-    sizes = sorted((b - a for a, b in zip(ends, ends[1:], strict=False)), reverse=True)
-    stream = iter(jobs)
-    return [[next(stream) for _ in range(size)] for size in sizes]
+    parts, stream = min(parts, len(jobs)), iter(jobs)
+    size, more = divmod(len(jobs), parts)
+    return [list(itertools.islice(stream, size + (number < more))) for number in range(parts)]
 
 
 def _unknown_there(what: str, fault: BaseException) -> ConfigError:
@@ -246,24 +244,6 @@ def _end(end: Connection, process: BaseProcess) -> None:
         process.terminate()
 
 
-_shared: list[int] = []
-"""The threads of this process before its first crew, and once more for every crew that there is."""
-
-
-def _share(processes: int) -> int:
-    """Threads for each of some processes; this one takes its share until :func:`_give_back`."""
-    _shared.append(_shared[0] if _shared else torch.get_num_threads())
-    each = max(1, _shared[0] // processes)
-    torch.set_num_threads(each)
-    return each
-
-
-def _give_back() -> None:
-    whole = _shared.pop()
-    if not _shared:
-        torch.set_num_threads(whole)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the other process
 
@@ -275,10 +255,10 @@ def _serve(end: Connection, build: Build, number: int, threads: int) -> None:
     desk: _Desk | None = None
     while True:
         try:
-            letter: Letter = _loads(end.recv_bytes())
+            letter = end.recv_bytes()
             try:
                 desk = _Desk(build(number)) if desk is None else desk
-                found: Any = desk.answer(letter)
+                found: Any = desk.answer(_loads(letter))
             except Exception as fault:
                 found = _sendable(fault)
             end.send_bytes(_dumps(found))
@@ -300,7 +280,7 @@ class _Desk:
             del self.held[number]
         self.held.update(letter.given)
         jobs = [self._job(letter.learner, order) for order in letter.orders]
-        return [_sendable(result) for result in answered(self.learners[letter.learner], jobs)]
+        return [_sendable(result) for result in answered(self.learners[letter.learner], jobs)] if jobs else []
 
     def _job(self, name: str, order: Order) -> Job:
         request, examples = order.request, [] if order.held is None else self.held[order.held]
@@ -325,6 +305,17 @@ def _sendable(result: Any) -> Any:
     return result
 
 
+class Foreign(Exception):
+    """An error that is not ours; at the other end it is one of the same name and text."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _foreign, self.args
+
+
+def _foreign(kind: str, text: str) -> Exception:
+    return type(kind, (Exception,), {})(text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what travels
 
@@ -337,7 +328,8 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, torch.Tensor):
             return NotImplemented
         held = value.detach().cpu().contiguous()
-        return _tensor, (pickle.PickleBuffer(held.reshape(-1).view(torch.uint8).numpy()), held.dtype, tuple(held.shape))
+        data = pickle.PickleBuffer(held.reshape(-1).view(torch.uint8).numpy().data)
+        return _tensor, (data, held.dtype, tuple(held.shape))
 
 
 def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

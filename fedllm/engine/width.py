@@ -14,7 +14,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +45,7 @@ WORTH = 1.1
 PATIENCE = 1.5
 """Seconds after which nothing wider is tried."""
 ROOM = 0.6
-"""The share of free memory that a pass may take."""
+"""The share of free memory that passes may take."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ class Width:
         object.__setattr__(self, "stack", max(self.stack, self.clients))
 
 
-def choose(
-    wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort: int, processes: int = 1
-) -> Width:
+def choose(wanted: int | str, learner: Learner, rows: Rows, train: Train, cohort: int, processes: int = 1) -> Width:
     """The width of a run: the one wanted, or the best of those that were tried.
 
     Args:
@@ -78,9 +77,9 @@ def choose(
         rows: a few clients' rows are looked at.
         train: batch size.
         cohort: clients per round.
-        processes: those that share a cohort, and the memory of this machine.
+        processes: those that share a cohort.
     """
-    limit, cohort = learner.width_limit, -(-cohort // processes)
+    limit, cohort, beside = learner.width_limit, -(-cohort // processes), sharing(learner.device, processes)
     if wanted != "auto" and limit != 1:
         return Width(max(1, min(int(wanted), cohort)), "as the recipe says")
     batches = [
@@ -92,9 +91,10 @@ def choose(
         return Width(1, "no rows to judge by")
     if limit == 1:
         return Width(1, "this adapter trains weights inside the model, so clients take turns")
-    timed = _remembered(learner, batches, min(cohort, WIDEST))
+    with part_of_threads(processes):
+        timed = _remembered(learner, batches, min(cohort, WIDEST), beside)
     start = learner.initial()
-    stack = max(1, min(cohort, STACK, STACK_BYTES // processes // max(1, COPIES * size_in_bytes(start))))
+    stack = max(1, min(cohort, STACK, STACK_BYTES // beside // max(1, COPIES * size_in_bytes(start))))
     tokens = _tokens(batches[0])
     best = timed["best"]
     reason = f"a step of {tokens} tokens for each of {best} takes {timed['gain']:.1f} times less than one by one"
@@ -106,19 +106,36 @@ def choose(
     return Width(min(best, stack), reason, stack, Passes(timed["fixed"], wide))
 
 
+def sharing(device: torch.device, processes: int) -> int:
+    """How many of some processes have their models in the same memory: each has a GPU where there are enough."""
+    return -(-processes // max(1, torch.cuda.device_count())) if device.type == "cuda" else processes
+
+
+@contextmanager
+def part_of_threads(processes: int) -> Generator[int]:
+    """A context in which torch has one process's part of its threads: so many."""
+    before = torch.get_num_threads()
+    part = max(1, before // processes)
+    torch.set_num_threads(part)
+    try:
+        yield part
+    finally:
+        torch.set_num_threads(before)
+
+
 def _tokens(batch: Sequence[Example]) -> int:
     """Tokens that a batch takes, padding counted."""
     return len(batch) * max(example.tokens for example in batch)
 
 
-def _remembered(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> dict[str, Any]:
+def _remembered(learner: Learner, batches: Sequence[Sequence[Example]], widest: int, beside: int) -> dict[str, Any]:
     """What was measured for work of this kind on this machine, now or earlier."""
-    key = _key(learner, batches, widest)
+    key = _key(learner, batches, widest, beside)
     file = _folder() / "width" / f"{key}.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = _measure(learner, batches, widest)
+        found = _measure(learner, batches, widest, beside)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         passing = file.with_suffix(f".{os.getpid()}")
@@ -135,7 +152,7 @@ def _folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedllm"
 
 
-def _key(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> str:
+def _key(learner: Learner, batches: Sequence[Sequence[Example]], widest: int, beside: int) -> str:
     """Names the kind of work: device, threads, versions, trainable shapes, model and step."""
     shapes = {name: list(tensor.shape) for name, tensor in learner.initial().items()}
     model = getattr(getattr(learner, "loaded", None), "model", None)
@@ -143,7 +160,7 @@ def _key(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) ->
     place = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else _processor()
     steps = [[example.tokens for example in batch] for batch in batches]
     programs = version("fedllm"), torch.__version__
-    facts = [place, torch.get_num_threads(), programs, shapes, weights, steps, widest, GAIN, WORTH]
+    facts = [place, torch.get_num_threads(), programs, shapes, weights, steps, widest, beside, GAIN, WORTH]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -152,8 +169,8 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()} {os.cpu_count()}"
 
 
-def _measure(learner: Learner, batches: Sequence[Sequence[Example]], widest: int) -> dict[str, Any]:
-    """Time passes of 1, 2, 4, ... clients, each with a batch of equal lengths."""
+def _measure(learner: Learner, batches: Sequence[Sequence[Example]], widest: int, beside: int = 1) -> dict[str, Any]:
+    """Time passes of 1, 2, 4, ... clients, each with a batch of equal lengths; `beside` processes share the memory."""
     start, begun = learner.initial(), time.perf_counter()
     room = _room(learner.device)
     times: dict[int, float] = {}
@@ -167,7 +184,7 @@ def _measure(learner: Learner, batches: Sequence[Sequence[Example]], widest: int
             stopped = "more gains nothing"
             break
         best = width
-        if used > 0 and 2 * used > ROOM * before:
+        if used > 0 and 2 * used * beside > ROOM * before:
             stopped = "more would not fit into memory"
             break
         if width == widest or time.perf_counter() - begun > PATIENCE:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedllm
 from fedllm.core.card import Card
@@ -63,6 +64,15 @@ def test_killed_at_a_checkpoint_it_plays_on_to_the_same_bits(key: str, tmp_path:
         resumed = fedllm.resume(tmp_path / "cut", data=data(key))
     assert resumed.finished and equal(whole.state.params, resumed.state.params)
     assert whole.state.numbers == resumed.state.numbers and whole.table["rows"] == resumed.table["rows"]
+
+
+@every_protocol
+def test_two_processes_end_with_the_same_model(key: str, tmp_path: Path) -> None:
+    one = fedllm.run(recipe(key, cohort_width=2), data=data(key), folder=tmp_path / "one")
+    two = fedllm.run(recipe(key, cohort_width=2, processes=2), data=data(key), folder=tmp_path / "two")
+    assert one.state.params.keys() == two.state.params.keys() and one.table["bytes"] == two.table["bytes"]
+    for name, tensor in one.state.params.items():
+        assert torch.allclose(tensor, two.state.params[name], atol=2e-5), name
 
 
 @every_protocol
