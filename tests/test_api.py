@@ -33,9 +33,11 @@ def test_importing_fedllm_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_the_engine_source_has_no_pickle() -> None:
+def test_nothing_is_unpickled_but_between_processes_of_one_run() -> None:
     from pathlib import Path
 
-    for file in (Path(fedllm.__file__).parent).rglob("*.py"):
+    root = Path(fedllm.__file__).parent
+    for file in root.rglob("*.py"):
         text = file.read_text()
-        assert "import pickle" not in text and "torch.load(" not in text, file
+        assert "torch.load(" not in text, file
+        assert "import pickle" not in text or file == root / "engine" / "crew.py", file

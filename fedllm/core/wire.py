@@ -1,7 +1,7 @@
 """Wire - the bytes of a message: one safetensors file whose metadata carries the typed structure.
 
 Every engine sends exactly these bytes, so what is metered is what travels, and anyone can open a message with the
-safetensors library. There is no pickle anywhere. Decoding treats the bytes as hostile: sizes are bounded before
+safetensors library. Nothing in it is unpickled. Decoding treats the bytes as hostile: sizes are bounded before
 anything is read, and every fault is a :class:`DecodeError`.
 """
 

@@ -3,7 +3,8 @@
 Only requests for the model go to the others: each has the base model and answers jobs as this process does. Client
 halves, private stores, guards, codecs and the server stay here, so that nothing is said to a method or an attacker that
 one process would not say, and a process that dies takes nothing with it. Which jobs go where follows from their number
-alone, and results come in the order of the jobs.
+alone, and results come in the order of the jobs. The processes pickle what they say to each other: the pipe between them
+has no name, and what came from elsewhere was decoded before (see :mod:`fedllm.core.wire`).
 """
 
 from __future__ import annotations
