@@ -20,7 +20,7 @@ pytest.importorskip("nvflare", reason="nvflare is not installed: pip install 'fe
 
 RECIPE: dict[str, Any] = {
     "method": {"name": "fedavg"}, "model": {"name": "toy:llama", "device": "cuda:7"},
-    "data": {"path": "/etc/passwd"}, "tracking": {"wandb": True},
+    "data": {"path": "/etc/passwd"}, "tracking": {"wandb": True}, "processes": 64,
     "groups": {"small": {"model": {"name": "toy:gpt2"}}, "rest": {"share": 1.0, "model": {}}},
 }  # fmt: skip
 
@@ -28,7 +28,8 @@ RECIPE: dict[str, Any] = {
 def test_a_job_chooses_neither_data_nor_device_nor_folders() -> None:
     facts = SiteFacts(data={"path": "rows.jsonl"}, device="cpu")
     found = permitted(RECIPE, facts)
-    assert found["data"] == {"path": "rows.jsonl"} and found["tracking"] == {}
+    assert found["data"] == {"path": "rows.jsonl"} and found["tracking"] == {} and found["processes"] == 1
+    assert permitted(RECIPE, SiteFacts(processes=2))["processes"] == 2, "the site's word"
     assert found["model"] == {"name": "toy:llama", "device": "cpu"}
     assert found["groups"]["small"]["model"] == {"name": "toy:gpt2", "device": "cpu"}
     mapped = SiteFacts(device="cpu", models={"toy:llama": "/models/llama", "toy:gpt2": "/models/gpt2"})
