@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import fedllm
 from fedllm.core.tensors import Tensors, moved
 from fedllm.core.train import Train
 from fedllm.effects.rig import Play
@@ -163,3 +164,17 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert f"on {DEVICE}" in found.stdout + found.stderr and (tmp_path / "runs" / "quickstart" / "adapter").is_dir()
+
+
+def test_two_processes_end_with_the_same_model(tmp_path: Path) -> None:
+    """They share a GPU where there is one, and have one each where there are more."""
+    recipe = {
+        "rounds": 2, "method": "fedprox", "train": GENTLE.model_dump(exclude_unset=True), "cohort_width": 2,
+        "model": {"name": "toy:llama", "device": DEVICE}, "adapter": {"rank": 4}, "task": {"max_length": 96},
+        "evaluation": {"against": []},
+    }  # fmt: skip
+    data = {f"c{k}": {"train": rows(k), "eval": rows(k, 2)} for k in range(4)}
+    one = fedllm.run(recipe, data=data, folder=tmp_path / "one")
+    two = fedllm.run({**recipe, "processes": 2}, data=data, folder=tmp_path / "two")
+    for name, tensor in one.state.params.items():
+        assert torch.allclose(tensor, two.state.params[name], atol=1e-4), name
