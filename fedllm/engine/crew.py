@@ -2,9 +2,9 @@
 
 Only requests for the model go to the others: each has the base model and answers jobs as this process does. Client
 halves, private stores, guards, codecs and the server stay here, so that nothing is said to a method or an attacker that
-one process would not say, and a process that dies takes nothing with it. Which jobs go where follows from their number
-alone, and results come in the order of the jobs. The processes pickle what they say to each other: the pipe between them
-has no name, and what came from elsewhere was decoded before (see :mod:`fedllm.core.wire`).
+one process would not say. Which jobs go where follows from their number alone, and results come in the order of the
+jobs. The processes pickle what they say to each other: the pipe between them has no name, and what came from elsewhere
+was decoded before (see :mod:`fedllm.core.wire`).
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ class _Mate:
         return RunError(
             f"Process {self.number} of this run {how}.",
             "Memory may have been short: every process holds the model.",
-            action="Set a smaller 'processes' and go on with 'fedllm resume'; a script that starts a run needs its "
-            "call under: if __name__ == '__main__'.",
+            action="Lower 'processes' in recipe.yaml of the run's folder, then 'fedllm resume' it; a script that starts "
+            "a run needs its call under: if __name__ == '__main__'.",
         )
 
 

@@ -149,7 +149,8 @@ def test_a_process_that_dies_ends_the_run_with_a_word(work: Work) -> None:
     crew = Crew(there, 2, {"": work.learner})
     list(crew.run(work.learner, work.jobs(1, 2)))
     os.kill(crew.mates[0].process.pid or 0, signal.SIGKILL)
-    with pytest.raises(RunError, match=r"Process 1 of this run was ended by signal 9 \(SIGKILL\).*fedllm resume"):
+    told = r"Process 1 of this run was ended by signal 9 \(SIGKILL\).*Lower 'processes' .* 'fedllm resume'"
+    with pytest.raises(RunError, match=told):
         list(crew.run(work.learner, work.jobs(1, 2)))
     crew.close()
     assert len(list(crew.run(work.learner, work.jobs(1, 2)))) == 2, "a new one is started"
