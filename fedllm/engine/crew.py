@@ -217,8 +217,8 @@ class _Mate:
         return RunError(
             f"Process {self.number} of this run {how}.",
             "Memory may have been short: every process holds the model.",
-            action="Lower 'processes' in recipe.yaml of the run's folder, then 'fedllm resume' it; a script that starts "
-            "a run needs its call under: if __name__ == '__main__'.",
+            action="Lower 'processes' in recipe.yaml of the run's folder, then 'fedllm resume' it; a script that "
+            "starts a run needs its call under: if __name__ == '__main__'.",
         )
 
 
