@@ -274,6 +274,7 @@ def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) 
     if recipe.processes > 1:
         build = partial(learners_of, recipe, labels, method.adapter(), learner.device.type)
         crew = Crew(build, recipe.processes, {"": learner, **learners})
+        notes += crew.notes(cohort)
     shown = federation if near is None else near
     width = choose(recipe.cohort_width, learner, shown, train, cohort, recipe.processes)
     warnings = [*federation.warnings, *dict.fromkeys(notes)]

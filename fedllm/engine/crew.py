@@ -87,6 +87,7 @@ class Crew:
             raise ConfigError(f"processes={processes} cannot work.", "At least 1.", "1")
         self.build, self.processes = build, processes
         self.names = {id(learner): name for name, learner in learners.items()}
+        self.on_cpu = any(learner.device.type == "cpu" for learner in learners.values())
         self.mates: list[_Mate] = []
 
     def run(self, learner: Learner, jobs: list[Job]) -> Iterator[Any]:
@@ -105,6 +106,15 @@ class Crew:
         yield from found
         for mate, _ in asked:
             yield from mate.answer()
+
+    def notes(self, cohort: int) -> list[str]:
+        """What a user should know of processes without work, or without a thread of their own."""
+        given, found = f"processes={self.processes} was given, more than", list[str]()
+        if cohort < self.processes:
+            found.append(f"{given} the clients of a round ({cohort}): the others have nothing to do.")
+        if self.on_cpu and (threads := torch.get_num_threads()) < self.processes:
+            found.append(f"{given} the threads that there are ({threads}): they wait for each other.")
+        return found
 
     def close(self) -> None:
         """End the other processes; the next work to share starts new ones."""

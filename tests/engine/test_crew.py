@@ -169,6 +169,20 @@ def test_what_keeps_a_process_from_starting_is_told(work: Work) -> None:
         Crew(there, 0, {})
 
 
+def test_processes_without_work_or_threads_are_told_of(work: Work) -> None:
+    crew, threads = Crew(there, 8, {"": work.learner}), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert crew.notes(3) == [
+            "processes=8 was given, more than the clients of a round (3): the others have nothing to do.",
+            "processes=8 was given, more than the threads that there are (2): they wait for each other.",
+        ]
+        torch.set_num_threads(8)
+        assert crew.notes(8) == []
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_threads_are_shared_while_all_work(crew: Crew, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = torch.get_num_threads(), list[int]()
     monkeypatch.setattr(module, "answered", lambda *given: (seen.append(torch.get_num_threads()), answered(*given))[1])
