@@ -97,8 +97,8 @@ class Crew:
             return
         first, *rest = _cut(jobs, self.processes)
         with part_of_threads(self.processes) as threads:
-            if not self.mates:
-                self.mates = [_Mate(self.build, number, threads) for number in range(1, self.processes)]
+            for number in range(len(self.mates) + 1, len(rest) + 1):
+                self.mates.append(_Mate(self.build, number, threads))
             asked = list(zip(self.mates, rest, strict=False))
             for mate, share in asked:
                 mate.ask(self.names[id(learner)], share)

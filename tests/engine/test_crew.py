@@ -105,6 +105,16 @@ def test_rows_stay_there_until_they_are_too_many(crew: Crew, work: Work, monkeyp
     assert all(len(mate.held) == 3 for mate in crew.mates), "no more than one letter needs"
 
 
+def test_no_more_are_started_than_have_work(work: Work) -> None:
+    crew = Crew(there, 9, {"": work.learner})
+    list(crew.run(work.learner, work.jobs(1)))
+    assert not crew.mates
+    for count, mates in ((2, 1), (3, 2), (2, 2)):
+        list(crew.run(work.learner, work.jobs(*range(count))))
+        assert len(crew.mates) == mates
+    crew.close()
+
+
 def test_an_error_of_one_client_has_its_name_and_text_and_the_others_go_on(crew: Crew, work: Work) -> None:
     found = list(crew.run(work.learner, work.jobs(1, 2, 3, 4, -1, 6)))
     assert [isinstance(result, Exception) for result in found] == [False] * 4 + [True, False]
