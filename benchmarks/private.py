@@ -44,8 +44,8 @@ def main(quick: bool) -> None:
     if not quick:
         print(
             f"\nAccuracy on held-out rows, mean of {SEEDS} seeds ± standard deviation. Three clients, delta 1e-4 for "
-            "each example, clip 0.5, 4 rounds of 4 steps of 64 examples on average. The noise has a secret key: another "
-            "run gives other numbers."
+            "each example, clip 0.5, 4 rounds of 4 steps of 64 examples on average. The noise has a secret "
+            "key: another run gives other numbers."
         )
 
 
