@@ -17,7 +17,7 @@ import fedllm
 from fedllm.core.errors import ConfigError, FedLLMError, ModelError, RunError
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
-from fedllm.core.work import Fit, Score
+from fedllm.core.work import Fit, Probe, Score
 from fedllm.data.federation import Federation
 from fedllm.engine import crew as module
 from fedllm.engine.crew import Crew
@@ -145,6 +145,18 @@ def test_measurements_are_shared_too(crew: Crew, work: Work) -> None:
     jobs = [work.job(k, Score({"w": torch.zeros(1)}, "train")) for k in range(4)]
     found = [report.counts for report in crew.run(work.learner, jobs)]
     assert found == [report.counts for report in answered(work.learner, jobs)]
+
+
+def test_a_probe_moves_there_what_it_moves_here(crew: Crew, work: Work) -> None:
+    def first() -> dict[str, torch.Tensor]:  # of the learner's tensors, those that the method trains
+        return {"w": torch.zeros(1)}
+
+    probe = Probe(None, [3, 5], TRAIN, 1e-2, lr=0.1, first=first)
+    jobs = [work.job(k, probe) for k in (1, 2, 3)]
+    found, alone = list(crew.run(work.learner, jobs)), answered(work.learner, jobs)
+    for one, other in zip(found, alone, strict=True):
+        assert one.params.keys() == other.params.keys() == {"w"}
+        assert torch.equal(one.params["w"], other.params["w"]) and torch.equal(one.slopes, other.slopes)
 
 
 def test_a_rule_that_cannot_be_sent_is_named(crew: Crew, work: Work) -> None:
