@@ -347,10 +347,10 @@ def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tens
     return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
-def _dumps(value: Any) -> bytes | memoryview:
+def _dumps(value: Any) -> bytes:
     stream = io.BytesIO()
     _Pickler(stream, protocol=5).dump(value)
-    return stream.getbuffer()
+    return stream.getvalue()
 
 
 def _loads(data: bytes) -> Any:
