@@ -922,7 +922,6 @@ def environment(ground: Ground) -> dict[str, Any]:
             "fixed": ground.width.passes.fixed,
             "limit": ground.width.passes.limit,
         },
-        "processes": ground.recipe.processes,
         "model": {
             "name": loaded.name,
             "family": loaded.family,

@@ -127,7 +127,7 @@ class _Mate:
     """One of the other processes, as seen from here."""
 
     def __init__(self, build: Build, number: int, threads: int) -> None:
-        self.number, self.letters, self.read, self.asked = number, 0, 0, 0
+        self.number, self.asked, self.busy = number, 0, False
         self.faults: dict[int, Exception] = {}
         context = multiprocessing.get_context("spawn")
         self.end, theirs = context.Pipe()
@@ -144,7 +144,7 @@ class _Mate:
 
     def ask(self, learner: str, jobs: Sequence[Job]) -> None:
         """Send jobs; the process works on them while this one goes on."""
-        if self.read < self.letters:  # nobody took the last answer: it is in the way
+        if self.busy:  # nobody took the last answer: it is in the way
             self._receive()
         given: dict[int, list[Example]] = {}
         orders: list[Order] = []
@@ -164,7 +164,7 @@ class _Mate:
             self.end.send_bytes(letter)
         except OSError as fault:
             raise self._dead() from fault
-        self.gone, self.letters = [], self.letters + 1
+        self.gone, self.busy = [], True
 
     def answer(self) -> list[Any]:
         """The results of the last jobs; raises what kept the process from working on them."""
@@ -183,7 +183,7 @@ class _Mate:
             found = _loads(self.end.recv_bytes())
         except (EOFError, OSError) as fault:
             raise self._dead() from fault
-        self.read += 1
+        self.busy = False
         return found
 
     def _order(self, job: Job, given: dict[int, list[Example]]) -> Order:

@@ -23,7 +23,9 @@ from fedllm.engine import crew as module
 from fedllm.engine.crew import Crew
 from fedllm.engine.driver import answered
 from fedllm.engine.job import Job
-from fedllm.run import Watch
+from fedllm.engine.width import sharing
+from fedllm.recipe import load_recipe
+from fedllm.run import Watch, _placed
 from fedllm.tasks.function import FunctionLearner
 
 TRAIN = Train(steps=2, batch_size=2, lr=0.1)
@@ -293,6 +295,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     again = fedllm.resume(tmp_path / "cut", data=data())
     assert all(torch.equal(t, again.state.params[n]) for n, t in whole.state.params.items())
     assert whole.table["rows"] == again.table["rows"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "found"),
+    [("auto", "cuda", "cuda:1"), ("cuda", "cuda", "cuda:1"), ("cuda:0", "cuda", "cuda:0"), ("auto", "cpu", "auto")],
+)
+def test_each_process_has_the_next_gpu(asked: str, device: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = load_recipe(recipe(model={"name": "toy:llama", "device": asked}))
+    assert [_placed(given, device, process).model.device for process in (1, 3)] == [found, found]
+    assert sharing(torch.device(device), 3) == (2 if device == "cuda" else 3)
 
 
 def test_a_recipe_needs_a_process_at_least() -> None:

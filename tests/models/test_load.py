@@ -79,6 +79,21 @@ def equal(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 # --- the rules of a loaded model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_weights_of_the_files_number_type_lie_in_its_pages(tmp_path):
+    """Processes share them, then."""
+    folder(tmp_path, "llama")
+
+    def mapped(dtype: str) -> set[bool]:
+        model = load_model(ModelSettings(name=str(tmp_path), device="cpu", dtype=dtype), KINDS["llama"]).model
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        spans = [line.split()[0].split("-") for line in lines if line.endswith("model.safetensors")]
+        ends = [(int(low, 16), int(high, 16)) for low, high in spans]
+        return {any(low <= p.data_ptr() < high for low, high in ends) for p in model.parameters()}
+
+    assert mapped("float32") == {True} and mapped("bfloat16") == {False}
+
+
 @pytest.mark.parametrize("family", KINDS)
 def test_a_saved_model_loads_as_it_was(tmp_path, family):
     source = folder(tmp_path, family)
