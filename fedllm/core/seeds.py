@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import random
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
 import numpy
 
@@ -25,6 +26,27 @@ def derive(seed: int, *names: str | int) -> int:
     typed = (f"str:{name}" if isinstance(name, str) else f"int:{int(name)}" for name in names)
     text = "\x1f".join([str(int(seed)), *(name.replace("\x1f", "\x1f\x1f") for name in typed)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Derived(Sequence[int]):
+    """Seeds that are derived when somebody asks for one: most models draw nothing.
+
+    Args:
+        names: of each, what :func:`derive` is given.
+    """
+
+    def __init__(self, names: Sequence[tuple[int, *tuple[str | int, ...]]]) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[int]: ...
+    def __getitem__(self, place: int | slice) -> int | Sequence[int]:
+        return Derived(self._names[place]) if isinstance(place, slice) else derive(*self._names[place])
 
 
 def numpy_stream(seed: int, *names: str | int) -> numpy.random.Generator:

@@ -16,16 +16,27 @@ import torch
 from torch.nn import functional
 
 from fedllm.core.errors import ConfigError, FedLLMError, RoundFailed
-from fedllm.core.seeds import derive, numpy_stream
-from fedllm.core.tensors import Tensors, finite, moved
+from fedllm.core.seeds import Derived, numpy_stream
+from fedllm.core.tensors import Tensors, moved
 from fedllm.core.train import Train
 from fedllm.core.work import Example, Fit, FitReport, Learner
 from fedllm.engine.job import Job, Result, examples_of
+from fedllm.engine.optimizer import Optimizer
 from fedllm.engine.passes import Part
-from fedllm.engine.stack import Blocks, Stack, add_rows, clip_, corner, is_all, rows_of, spread, stacked, taken
+from fedllm.engine.stack import (
+    Blocks,
+    Stack,
+    add_rows,
+    clip_,
+    corner,
+    finite_rows,
+    is_all,
+    rows_of,
+    spread,
+    stacked,
+    taken,
+)
 
-FUSED = ("cpu", "cuda")
-"""Devices on which torch takes AdamW's step in one go."""
 READ = 256
 """Steps after which their losses are read."""
 
@@ -76,8 +87,8 @@ class _Fit:
             (terms[0][0], stacked([tree for _, tree in terms], self.device)) for terms in zip(*trees, strict=True)
         ]
         self.active = list(range(len(jobs)))
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.finished: dict[int, tuple[Tensors, Tensors]] = {}
+        self.optimizer = Optimizer.going_on(self.train, self.stack, [r.moments or {} for r in self.requests])
+        self.finished: dict[int, tuple[Tensors, Tensors, bool]] = {}
         self.moments: dict[int, Tensors] = {}
         self.spent = [_Spent() for _ in jobs]
         self.losses: list[tuple[list[int], torch.Tensor]] = []
@@ -93,17 +104,12 @@ class _Fit:
 
     def _keep(self, left: list[int]) -> None:
         """Go on with the clients `left`; the others' tensors are final."""
-        if left == self.active and self.optimizer is not None:
+        if left == self.active:
             return
-        if done := [(row, k) for row, k in enumerate(self.active) if k not in left]:
-            self._finish(done)
+        self._finish([(row, k) for row, k in enumerate(self.active) if k not in left])
         if left:
             rows = [self.active.index(k) for k in left]
-            smaller, before = self.stack if left == self.active else self.stack.rows(rows), self.optimizer
-            self.optimizer = _optimizer(self.train, smaller, before, self.stack, rows)
-            if before is None:
-                _go_on(self.optimizer, smaller, [self.requests[k].moments or {} for k in left])
-            self.stack = smaller
+            self.stack, self.optimizer = self.stack.rows(rows), self.optimizer.rows(rows)
         self.active = left
 
     def _finish(self, done: list[tuple[int, int]]) -> None:
@@ -113,10 +119,11 @@ class _Fit:
         changes = {dtype: block - rows_of(self.start[dtype], numbers).cpu() for dtype, block in ended.items()}
         like = [self.requests[k].start for k in numbers]
         trees = self.stack.trees(ended, like), self.stack.trees(changes, like)
-        for (row, k), params, delta in zip(done, *trees, strict=True):
-            self.finished[k] = params, delta
+        whole = finite_rows(ended)
+        for (row, k), params, delta, fine in zip(done, *trees, whole, strict=True):
+            self.finished[k] = params, delta, fine
             if self.requests[k].moments is not None:
-                self.moments[k] = _kept(self.optimizer, self.stack, row, self.requests[k].start)
+                self.moments[k] = self.optimizer.kept(self.stack, row, self.requests[k].start)
 
     def _step(self, step: int) -> None:
         """One optimiser step of every active client."""
@@ -129,11 +136,7 @@ class _Fit:
                 clip_(grads, self.train.clip_norm)
         first = self.jobs[self.active[0]]
         rate = self.train.rate(first.round, first.rounds, step, self.steps[self.active[0]])
-        for dtype, block in self.stack.blocks.items():
-            block.grad = grads[dtype]
-        if self.optimizer is not None:
-            self.optimizer.param_groups[0]["lr"] = rate
-            self.optimizer.step()
+        self.optimizer.step(self.stack.blocks, grads, rate)
         for row, k in enumerate(self.active):
             self.spent[k].add(rate, [e for groups in window for e in groups[row]])
         self.losses.append((self.active, sums))
@@ -166,21 +169,20 @@ class _Fit:
             fixed, terms = self._rows(fixed), [(weight, self._rows(tree)) for weight, tree in terms]
         total, grads = torch.zeros(width, device=self.device), None
         for turn, groups in enumerate(window):
-            seeds = [derive(job.seed, "dropout", job.client, job.round, step, turn) for job in jobs]
+            drawn = [(job.seed, "dropout", job.client, job.round, step, turn) for job in jobs]
             for parts in self.jobs[0].passes.plan([[e.tokens for e in group] for group in groups]):
                 parts = _merged(parts)
                 chosen = [[groups[part.client][row] for row in part.rows] for part in parts]
                 owners = [part.client for part in parts]
                 own = self.stack.tensors if is_all(owners, total) else self.stack.rows(owners).tensors
                 share = moved(torch.tensor([1.0 / max(targets[k], 1) for k in owners]), self.device)
-                drawn = [seeds[k] for k in owners], [part.rows for part in parts]
+                seeds, places = Derived([drawn[k] for k in owners]), [part.rows for part in parts]
                 for weight, tree in terms:
                     bound = {**taken(fixed, owners), **own, **taken(tree, owners)}
-                    with torch.enable_grad(), self.learner.using(bound, *drawn):
+                    with torch.enable_grad(), self.learner.using(bound, seeds, places):
                         sums = _losses(self.learner, request.loss, chosen)
                         sums = sums if request.terms is None else sums * weight
-                        objective = (sums * share).sum()
-                        found = torch.autograd.grad(objective, list(own.values()), allow_unused=True)
+                        found = torch.autograd.grad(sums, list(own.values()), share.to(sums.dtype), allow_unused=True)
                     grads = self.stack.added(grads, owners, dict(zip(own, found, strict=True)))
                     add_rows(total, owners, sums.detach())
         return self._ruled(self.stack.gathered(dict.fromkeys(self.stack.places)) if grads is None else grads), total
@@ -213,7 +215,7 @@ class _Fit:
         flat = [(row, place) for row, places in enumerate(drawn) for place in places]
         rows = [self.examples[self.active[row]][place] for row, place in flat]
         jobs = [self.jobs[k] for k in self.active]
-        seeds = [derive(job.seed, "dropout", job.client, job.round, step, 0) for job in jobs]
+        names = [(job.seed, "dropout", job.client, job.round, step, 0) for job in jobs]
         sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in self.stack.tensors.items()}
         fixed = self.fixed if len(self.active) == len(self.jobs) else self._rows(self.fixed)
         total = torch.zeros(len(self.active), device=self.device)
@@ -221,7 +223,7 @@ class _Fit:
             for some in _pieces([part.client for part in parts], self.learner.width_limit):
                 owners, chosen = [flat[i][0] for i in some], [[rows[i]] for i in some]
                 own = self.stack.rows(owners).tensors
-                seen = [seeds[row] for row in owners], [(flat[i][1],) for i in some]
+                seen = Derived([names[row] for row in owners]), [(flat[i][1],) for i in some]
                 with torch.enable_grad(), self.learner.using({**taken(fixed, owners), **own}, *seen):
                     losses = _losses(self.learner, self.requests[0].loss, chosen)
                     scale = torch.tensor([1.0 / max(rows[i].targets, 1) for i in some], device=self.device)
@@ -247,10 +249,10 @@ class _Fit:
         return taken(tree, self.active)
 
     def _report(self, k: int) -> FitReport | FedLLMError:
-        job, (params, delta), spent = self.jobs[k], self.finished[k], self.spent[k]
+        job, (params, delta, fine), spent = self.jobs[k], self.finished[k], self.spent[k]
         if job.noised is not None:
             spent = spent.public(job.noised.expected)
-        if not math.isfinite(spent.loss) or finite(params) is not None:
+        if not math.isfinite(spent.loss) or not fine:
             return RoundFailed(
                 f"Training at client '{job.client}' gave a loss that is not finite in round {job.round}.",
                 action="Lower train.lr, set train.clip_norm, or look at that client's data.",
@@ -339,56 +341,6 @@ def _stream(count: int, train: Train, job: Job, begun: int | None) -> Iterator[l
     return islice(steps_of(count, train, job.seed, job.client, 0), begun, None)
 
 
-def _kept(optimizer: torch.optim.Optimizer | None, stack: Stack, row: int, start: Tensors) -> Tensors:
-    """One client's optimiser memory: `KEY.NAME`, and the scalar `step` that all its tensors share."""
-    found: Tensors = {}
-    for name, place in stack.places.items():
-        state = {} if optimizer is None else optimizer.state.get(stack.blocks[place.dtype], {})
-        for key, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if key == "step":
-                found["step"] = value.cpu().clone()
-            else:
-                own = place.view({place.dtype: value})[(row, *corner(start[name].shape))]
-                found[f"{key}.{name}"] = own.to("cpu", copy=True)
-    return found
-
-
-def _go_on(optimizer: torch.optim.Optimizer, stack: Stack, moments: Sequence[Tensors]) -> None:
-    """Give a new optimiser the memory of earlier rounds; clients of one pass have taken equally many steps."""
-    for key in sorted({name.split(".", 1)[0] for name in moments[0]} - {"step"}):
-        trees = [{name: tree[f"{key}.{name}"] for name in stack.places} for tree in moments]
-        for dtype, block in stack.like(trees).items():
-            optimizer.state[stack.blocks[dtype]][key] = block
-    if "step" in moments[0]:
-        for block in stack.blocks.values():
-            optimizer.state[block]["step"] = moments[0]["step"].to(block.device, copy=True)
-
-
 def _each(rule: Callable[..., Any], first: Tensors, given: dict[str, Tensors]) -> Any:
     """Apply a rule that is written for one client to every client of the stack."""
     return torch.func.vmap(lambda tree, others: rule(tree, **others))(first, given)
-
-
-def _optimizer(
-    train: Train, stack: Stack, before: torch.optim.Optimizer | None, old: Stack, rows: list[int]
-) -> torch.optim.Optimizer:
-    """The optimiser over the blocks of a stack, going on with `rows` of an earlier one's memory over `old`.
-
-    It works element by element, so that clients do not meet in it.
-    """
-    leaves = list(stack.blocks.values())
-    optimizer: torch.optim.Optimizer
-    if train.optimizer == "sgd":
-        optimizer = torch.optim.SGD(leaves, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
-    else:
-        fused = all(leaf.device.type in FUSED for leaf in leaves)
-        options: dict[str, Any] = {"betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
-        optimizer = torch.optim.AdamW(leaves, lr=train.lr, fused=fused, **options)
-    if before is not None:
-        for dtype, leaf in stack.blocks.items():
-            for key, value in before.state.get(old.blocks[dtype], {}).items():
-                by_client = isinstance(value, torch.Tensor) and value.dim() > 0
-                optimizer.state[leaf][key] = value[rows] if by_client else value
-    return optimizer

@@ -141,6 +141,16 @@ def clip_(blocks: Blocks, limit: float) -> None:
             block.mul_(factor.to(dtype).unsqueeze(1))
 
 
+def finite_rows(blocks: Blocks) -> list[bool]:
+    """Whether all entries of each client are finite; a sum that is not may have overflowed, and each is looked at."""
+    found = [True] * len(next(iter(blocks.values())))
+    for block in blocks.values():
+        for row, total in enumerate(block.sum(1).tolist()):
+            if not math.isfinite(total):
+                found[row] = found[row] and bool(torch.isfinite(block[row]).all())
+    return found
+
+
 def stacked(trees: Sequence[Tensors], device: torch.device) -> Tensors:
     """Equally named trees on a client axis, [K, ...], padded with zeros to the largest shape; float32 or better."""
     result: Tensors = {}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from fedllm.core.errors import ConfigError, ModelError
 from fedllm.core.split import Halves
-from fedllm.core.tensors import Tensors, moved
+from fedllm.core.tensors import Tensors
 from fedllm.core.work import Example, Exposure, Groups, Places
 from fedllm.evaluate import Metric
 from fedllm.evaluate.text import LastNumber, RougeL, TokenF1
@@ -20,6 +18,7 @@ from fedllm.models.adapters.attach import Adapted
 from fedllm.models.adapters.settings import AdapterSettings
 from fedllm.models.load import Loaded
 from fedllm.models.structure import is_encoder_decoder
+from fedllm.tasks.batch import Batch, Collator
 from fedllm.tasks.decode import context, continue_prompts
 from fedllm.tasks.head import Head, at
 from fedllm.tasks.masked import MaskedLM
@@ -29,25 +28,6 @@ from fedllm.tasks.task import IGNORE, TASKS, CausalLM, Seen, Task, seen
 
 KINDS: dict[str, type[Task]] = {**TASKS, MaskedLM.kind: MaskedLM}
 """Every task of a transformer by its kind."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A padded batch, rows client after client.
-
-    Attributes:
-        inputs: the model's inputs.
-        where: row and position of every label, shapes [M]; positions index the logits.
-        labels: the labels, [M].
-        real: numbers of the rows that are examples (others only fill clients up to the same count), [n].
-        clients: for each real row, its client's number, [n].
-    """
-
-    inputs: dict[str, torch.Tensor]
-    where: tuple[torch.Tensor, torch.Tensor]
-    labels: torch.Tensor
-    real: torch.Tensor
-    clients: torch.Tensor
 
 
 class TransformerLearner:
@@ -93,6 +73,7 @@ class TransformerLearner:
         self.head = Head(self.adapted, self._both_ways, len(self.tokenizer) if self.task.per_token else None)
         self.notes += self.head.notes
         words, filler = len(self.tokenizer), self.tokenizer.pad_token_id
+        self._collator = Collator(filler, task.kind == "causal-lm", self.task.per_token, self._begin())
         self._unmasked = task.kind == "causal-lm" and unseen(self.adapted, words, filler)
         if task.pack is True:
             check_apart(self.adapted, words)
@@ -123,6 +104,8 @@ class TransformerLearner:
     def losses(self, groups: Groups) -> torch.Tensor:
         """The sum of the losses of each client, [K], differentiable."""
         by_row, clients = self.losses_by_row(groups)
+        if all(len(group) == 1 for group in groups):
+            return by_row
         return by_row.new_zeros(len(groups)).index_add_(0, clients, by_row)
 
     def losses_by_row(self, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +117,11 @@ class TransformerLearner:
             by_row = self.head.sums(
                 hidden, owner, lambda logits, at: self.task.loss_rows(logits, batch.labels[at], owner[at], rows)
             )
+        elif batch.every is not None and not self._offset:
+            by_row = self.task.loss_of(self.adapted.call(self._read(batch)).logits, batch.every)
         else:
             by_row = self.task.loss_rows(self._logits(batch)[0], batch.labels, owner, rows)
-        return by_row[batch.real], batch.clients
+        return batch.of_examples(by_row), batch.clients
 
     def outputs(self, groups: Groups) -> list[torch.Tensor]:
         """Differentiable logits of every example, client after client: [C], or [labels, V] of a language model."""
@@ -144,10 +129,10 @@ class TransformerLearner:
         logits, owner = self._logits(batch)
         rows = batch.inputs["input_ids"].shape[0]
         if not self.task.per_token:
-            return list(logits[batch.real])
+            return list(batch.of_examples(logits))
         counts = torch.bincount(owner, minlength=rows).tolist()
         pieces = torch.split(logits, counts)
-        return [pieces[row] for row in batch.real.tolist()]
+        return [pieces[row] for row in batch.numbers()]
 
     def hidden(self, groups: Groups) -> list[torch.Tensor]:
         """Hidden states of all examples after each layer, embeddings first: [rows, T, H], 0 at padding.
@@ -160,7 +145,7 @@ class TransformerLearner:
             states = self.adapted.call(self._read(batch), output_hidden_states=True)
         found = states.encoder_hidden_states if self._both_ways else states.hidden_states
         real = mask.unsqueeze(-1)
-        return [(h[:, -mask.shape[1] :] * real.to(h.dtype))[batch.real] for h in found]
+        return [batch.of_examples(h[:, -mask.shape[1] :] * real.to(h.dtype)) for h in found]
 
     def counts_by_row(self, groups: Groups) -> list[dict[str, float]]:
         """Additive counts of every example, client after client."""
@@ -168,7 +153,7 @@ class TransformerLearner:
             return []
         batch = self.collate(groups)
         rows = self._counted(batch)
-        found = [rows[i] for i in batch.real.tolist()]
+        found = [rows[number] for number in batch.numbers()]
         for counts, written in zip(found, self._written(groups) if self.texts else (), strict=bool(self.texts)):
             counts.update(written)
         return found
@@ -283,60 +268,14 @@ class TransformerLearner:
 
     def collate(self, groups: Groups) -> Batch:
         """Pad examples to the longest; clients with fewer rows are filled up with rows that do not count."""
-        width = max(len(group) for group in groups)
-        some = next(example for group in groups for example in group)
-        rows, real, clients = [], [], []
-        for client, group in enumerate(groups):
-            for place in range(width):
-                if place < len(group):
-                    real.append(len(rows))
-                    clients.append(client)
-                rows.append(group[place] if place < len(group) else None)
-        device, filler = self.device, some.inputs["input_ids"][:1]
-        texts = [filler if example is None else example.inputs["input_ids"] for example in rows]
-        ids = _padded(texts, self.tokenizer.pad_token_id)
-        lengths = [len(text) for text in texts]
-        mask = torch.ones_like(ids)
-        if min(lengths) < ids.shape[1]:
-            mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        for name in ("token_type_ids", "position_ids"):
-            if name in some.inputs:
-                held = [filler.new_zeros(1) if example is None else example.inputs[name] for example in rows]
-                inputs[name] = _padded(held, 0)
-        where, kept = self._targets([None if example is None else example.labels for example in rows])
-        if self._both_ways:
-            inputs["decoder_input_ids"] = self._shifted([None if e is None else e.labels for e in rows])
-        return Batch(
-            {k: moved(v, device) for k, v in inputs.items()},
-            (moved(where[0], device), moved(where[1], device)),
-            moved(kept, device),
-            moved(torch.tensor(real), device),
-            moved(torch.tensor(clients), device),
-        )
+        return self._collator(groups, self.device)
 
-    def _targets(self, labels: list[torch.Tensor | None]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Row, logit position and value of every label; a causal model predicts position p at p - 1."""
-        none = torch.tensor([IGNORE])
-        padded = _padded([none if row is None else row for row in labels], IGNORE)
-        if not self.task.per_token:
-            rows = torch.tensor([number for number, row in enumerate(labels) if row is not None])
-            return (rows, torch.zeros_like(rows)), padded[rows, 0]
-        used = padded[:, 1:] if self.task.kind == "causal-lm" else padded
-        rows, positions = torch.nonzero(used != IGNORE, as_tuple=True)
-        return (rows, positions), used[rows, positions]
-
-    def _shifted(self, labels: list[torch.Tensor | None]) -> torch.Tensor:
-        """Decoder inputs: the labels moved right by one, padded."""
-        config = self.loaded.model.config
-        start = config.decoder_start_token_id
-        longest = max(len(row) for row in labels if row is not None)
-        ids = torch.full((len(labels), longest), self.tokenizer.pad_token_id)
-        ids[:, 0] = self.tokenizer.pad_token_id if start is None else start
-        for number, row in enumerate(labels):
-            if row is not None:
-                ids[number, 1 : len(row)] = row[:-1]
-        return ids
+    def _begin(self) -> int | None:
+        """The token in front of a decoder's inputs; None where there is no decoder."""
+        if not self._both_ways:
+            return None
+        start = self.loaded.model.config.decoder_start_token_id
+        return self.tokenizer.pad_token_id if start is None else start
 
     # -- logits -------------------------------------------------------------------------------------------------------
 
@@ -360,14 +299,12 @@ class TransformerLearner:
 
     def _positions(self, batch: Batch) -> torch.Tensor:
         """Where the model's hidden states of the labels are, behind what an adapter puts in front."""
-        return batch.where[1] + (0 if self.adapted.binding.params is None else self.adapted.offset)
+        return batch.where[1] + self._offset
 
-
-def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    """Rows one below the other, filled up with `value`."""
-    if all(len(row) == len(rows[0]) for row in rows):
-        return torch.stack(rows)
-    return pad_sequence(rows, batch_first=True, padding_value=value)
+    @property
+    def _offset(self) -> int:
+        """Positions that an adapter puts in front."""
+        return 0 if self.adapted.binding.params is None else self.adapted.offset
 
 
 def _text_metrics(task: TaskSettings) -> list[Metric]:

@@ -81,6 +81,11 @@ class Task:
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         return by_row(losses, owner, rows)
 
+    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The same where every position has a label, or is to be ignored: [N, T, C] and [N, T] give [N]."""
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(labels.shape).sum(1)
+
     def count_rows(self, seen: Seen, labels: torch.Tensor, owner: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """Additive counts of each row, of what was :func:`seen` of the logits of its labels."""
         raise NotImplementedError(f"{type(self).__name__} must define count_rows.")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.core.seeds import derive, numpy_stream, python_stream, torch_stream
+from fedllm.core.seeds import Derived, derive, numpy_stream, python_stream, torch_stream
 
 PINNED = {
     "derive 0": 3456079177858693020,
@@ -78,3 +78,9 @@ def test_a_stream_can_be_had_again() -> None:
     assert numpy_stream(1, "a").normal() == numpy_stream(1, "a").normal()
     assert numpy_stream(1, "a").normal() != numpy_stream(2, "a").normal()
     assert torch.equal(torch.rand(3, generator=torch_stream(1, "a")), torch.rand(3, generator=torch_stream(1, "a")))
+
+
+def test_seeds_that_are_derived_late_are_those_derived_at_once() -> None:
+    names = [(7, "dropout", f"c{k}", 1) for k in range(4)]
+    late, at_once = Derived(names), [derive(*name) for name in names]
+    assert list(late) == at_once and list(late[1:3]) == at_once[1:3] and len(late) == 4 and late[-1] == at_once[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
 from fedllm.core.work import Fit, FitReport
-from fedllm.engine.fit import _optimizer
 from fedllm.engine.job import Job
-from fedllm.engine.stack import LINE, Stack, clip_, rows_of
+from fedllm.engine.optimizer import Optimizer
+from fedllm.engine.stack import LINE, Stack, clip_, finite_rows, rows_of
 from fedllm.engine.together import run_together
 from fedllm.tasks.function import FunctionLearner
 
@@ -117,13 +118,11 @@ def test_an_optimiser_over_many_clients_gives_each_the_bits_it_has_alone(optimiz
 
         def walked(clients: list[int]) -> Stack:
             stack = Stack.of([tree(k, shapes) for k in clients], CPU)
-            moved = _optimizer(train, stack, None, stack, [])
+            moved = Optimizer(train)
             for step in range(20):
                 grads = Stack.of([tree(1000 * step + k, shapes) for k in clients], CPU).blocks
                 clip_(grads, 1.0)
-                for dtype, block in stack.blocks.items():
-                    block.grad = grads[dtype]
-                moved.step()
+                moved.step(stack.blocks, grads, train.lr)
             return stack
 
         together = walked([0, 1, 2, 3])
@@ -137,21 +136,52 @@ def test_an_optimiser_over_many_clients_gives_each_the_bits_it_has_alone(optimiz
         torch.set_num_threads(before)
 
 
-def test_adamw_is_torchs() -> None:
-    """In one go or operation by operation, it is the same optimiser to the last bits."""
-    stack = Stack.of([tree(k) for k in range(3)], CPU)
-    ours = _optimizer(Train(lr=1e-2, weight_decay=0.1), stack, None, stack, [])  # pyright: ignore[reportCallIssue]
-    leaves = {name: tensor.detach().clone() for name, tensor in stack.tensors.items()}
-    plain = torch.optim.AdamW(list(leaves.values()), lr=1e-2, weight_decay=0.1, foreach=False, fused=False)
-    for step in range(30):
-        grads = Stack.of([tree(100 * step + k) for k in range(3)], CPU)
-        stack.blocks[torch.float32].grad = grads.blocks[torch.float32]
-        for name, leaf in leaves.items():
-            leaf.grad = grads.tensors[name].detach().clone()
-        ours.step()
+@pytest.mark.parametrize(("optimizer", "momentum"), [("adamw", 0.0), ("sgd", 0.0), ("sgd", 0.9)])
+def test_the_optimisers_are_torchs_to_the_last_bit(optimizer: str, momentum: float) -> None:
+    """With a rate of its own at each step, and other clients from the tenth step on."""
+    how = {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6} if optimizer == "adamw" else {"weight_decay": 0.1}
+    ours = Optimizer(Train(optimizer=optimizer, momentum=momentum, **how))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    stack, types = Stack.of([both(tree(k)) for k in range(3)], CPU), (torch.float32, torch.float64)
+    leaves = [stack.blocks[dtype].clone() for dtype in types]
+    kind = torch.optim.AdamW if optimizer == "adamw" else partial(torch.optim.SGD, momentum=momentum)
+    plain = kind(leaves, fused=optimizer == "adamw", **how)  # pyright: ignore[reportArgumentType]
+    for step in range(20):
+        rate = 1e-2 / (1 + step)
+        grads = Stack.of([both(tree(100 * step + k)) for k in range(3)], CPU).blocks
+        if step == 10:
+            stack, ours = stack.rows([0, 2]), ours.rows([0, 2])
+        for leaf, dtype in zip(leaves, types, strict=True):
+            leaf.grad = grads[dtype].clone()
+        plain.param_groups[0]["lr"] = rate
         plain.step()
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(stack.tensors[name].detach(), leaf, rtol=2e-6, atol=1e-6)
+        ours.step(stack.blocks, grads if step < 10 else {d: g[[0, 2]] for d, g in grads.items()}, rate)
+    for leaf, dtype in zip(leaves, types, strict=True):
+        assert torch.equal(stack.blocks[dtype], leaf[[0, 2]])
+
+
+def both(single: Tensors) -> Tensors:
+    """Half of the tensors in float64."""
+    return {name: tensor.double() if name in "ad" else tensor for name, tensor in single.items()}
+
+
+def test_adamw_in_one_go_is_adamw_operation_by_operation() -> None:
+    stack, train = Stack.of([tree(k) for k in range(3)], CPU), Train(lr=1e-2, weight_decay=0.1)  # pyright: ignore[reportCallIssue]
+    ours, leaf = Optimizer(train), stack.blocks[torch.float32].clone()
+    plain = torch.optim.AdamW([leaf], lr=1e-2, weight_decay=0.1, foreach=False, fused=False)
+    for step in range(30):
+        grads = Stack.of([tree(100 * step + k) for k in range(3)], CPU).blocks
+        leaf.grad = grads[torch.float32].clone()
+        ours.step(stack.blocks, grads, train.lr)
+        plain.step()
+    torch.testing.assert_close(stack.blocks[torch.float32], leaf, rtol=2e-6, atol=1e-6)
+
+
+def test_what_is_not_finite_is_told_of_its_client_alone() -> None:
+    trees = [both(tree(k)) for k in range(5)]
+    trees[1]["e"][0, 0, 0] = math.nan
+    trees[2]["a"][0, 0] = -math.inf
+    trees[3]["e"][:] = 3e38  # a sum of these is not finite, but each of them is
+    assert finite_rows(Stack.of(trees, CPU).blocks) == [True, False, False, True, True]
 
 
 def test_memory_of_an_optimiser_goes_on_where_clients_have_other_ranks() -> None:

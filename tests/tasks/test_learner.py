@@ -150,6 +150,41 @@ def test_logits_at_the_labels_are_those_of_a_full_forward_pass(family: str, kind
         assert torch.allclose(chosen[owner == row], whole[at[at >= 0]], atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "kind", "adapter"), [
+    ("llama", "causal-lm", "lora"), ("gpt2", "causal-lm", "prefix"), ("gpt2", "causal-lm", "prompt"),
+    ("llama", "causal-lm", "full"), ("t5", "seq2seq", "lora"),
+])  # fmt: skip
+def test_texts_with_a_label_everywhere_have_the_losses_of_chosen_positions(family: str, kind: str, adapter: str):
+    """Blocks of text with loss_on=all: nothing is selected, so nothing has to be put back; the numbers are the same."""
+    learner, ahead = make(family, kind, adapter), int(kind == "causal-lm")
+    draw = torch.Generator().manual_seed(0)
+    for size in (2, 17, 33):
+        examples = [
+            Example({"input_ids": row}, row, size, size - ahead)
+            for row in torch.randint(5, 200, (4, size), generator=draw)
+        ]
+        groups = [examples] if learner.width_limit else [examples[:2], examples[2:]]
+        batch, params = learner.collate(groups), [shaken(learner.initial(), k) for k in range(len(groups))]
+        assert batch.every is not None and batch.numbers() == [0, 1, 2, 3]
+        with torch.no_grad(), learner.using(stacked(*params)):
+            found, clients = learner.losses_by_row(groups)
+            chosen, owner = learner._logits(batch)
+            wanted = learner.task.loss_rows(chosen, batch.labels, owner, 4)
+        assert torch.allclose(found, wanted, rtol=1e-5) and len(batch.labels) == 4 * (size - ahead)
+        assert clients.tolist() == [k for k, group in enumerate(groups) for _ in group]
+
+
+def test_a_label_that_is_missing_or_a_row_that_fills_up_is_seen():
+    learner = make("llama", "causal-lm")
+    ids = torch.arange(5, 14)
+    whole, lacking = Example({"input_ids": ids}, ids, 9, 8), Example({"input_ids": ids}, ids.clone(), 9, 7)
+    lacking.labels[4] = IGNORE
+    shorter = Example({"input_ids": ids[:8]}, ids[:8], 8, 7)
+    assert learner.collate([[whole], [whole]]).every is not None
+    for groups in ([[whole, lacking]], [[whole], [shorter]], [[whole, whole], [whole]], [[whole], []]):
+        assert learner.collate(groups).every is None, groups
+
+
 def test_a_model_whose_output_layer_cannot_be_restricted_is_run_whole_with_a_note():
     usual = make("llama", "causal-lm")
     loaded = toy_model("llama")

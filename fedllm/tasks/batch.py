@@ -1,0 +1,143 @@
+"""Batch - examples of many clients, padded to one length, and where their labels are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from fedllm.core.tensors import moved
+from fedllm.core.work import Example, Groups
+from fedllm.tasks.pack import IGNORE
+
+BESIDE = ("token_type_ids", "position_ids")
+"""Inputs that lie beside the token ids, where a task makes them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch, rows client after client.
+
+    Attributes:
+        inputs: the model's inputs.
+        where: row and position of every label, shapes [M]; positions index the logits.
+        labels: the labels, [M].
+        real: numbers of the rows that are examples (others only fill clients up to the same count), [n]; None where
+            all are.
+        clients: for each real row, its client's number, [n].
+        every: the label at each position of the logits, [N, T], where all have one but the last, behind which the text
+            does not go on; else None.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    where: tuple[torch.Tensor, torch.Tensor]
+    labels: torch.Tensor
+    real: torch.Tensor | None
+    clients: torch.Tensor
+    every: torch.Tensor | None = None
+
+    def of_examples(self, rows: torch.Tensor) -> torch.Tensor:
+        """What belongs to examples of something that belongs to rows."""
+        return rows if self.real is None else rows[self.real]
+
+    def numbers(self) -> list[int]:
+        """Numbers of the rows that are examples."""
+        return list(range(len(self.clients))) if self.real is None else self.real.tolist()
+
+
+@dataclass(frozen=True)
+class Collator:
+    """How batches are made of a task's examples.
+
+    Attributes:
+        padding: the token that fills a row up.
+        goes_on: a label stands for the token behind its position: the logits at p are held to the label at p + 1.
+        per_token: labels belong to tokens; else a row has one.
+        begin: the token in front of a decoder's inputs; None: there is no decoder.
+    """
+
+    padding: int
+    goes_on: bool
+    per_token: bool
+    begin: int | None = None
+
+    def __call__(self, groups: Groups, device: torch.device) -> Batch:
+        """Pad examples to the longest; clients with fewer rows are filled up with rows that do not count."""
+        width = max(map(len, groups))
+        counts = [len(group) for group in groups]
+        flat = [example for group in groups for example in group]
+        if min(counts) == width:
+            rows: list[Example | None] = [*flat]
+            real, clients = None, _all_of(len(groups), width)[0]
+        else:
+            rows = [group[place] if place < len(group) else None for group in groups for place in range(width)]
+            real = torch.tensor([number for number, example in enumerate(rows) if example is not None])
+            clients = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))
+        inputs = self._inputs(rows, flat[0])
+        labels, every = self._labels(rows), None
+        if not self.per_token:
+            owners = torch.arange(len(rows)) if real is None else real
+            where, kept = (owners, torch.zeros_like(owners)), labels[owners, 0]
+        else:
+            used = labels[:, 1:] if self.goes_on else labels
+            if sum(example.targets for example in flat) == used.numel():
+                where, kept = _all_of(*used.shape), used.flatten()
+                every = functional.pad(used, (0, 1), value=IGNORE) if self.goes_on else used
+            else:
+                found = torch.nonzero(used != IGNORE, as_tuple=True)
+                where, kept = (found[0], found[1]), used[found]
+        return Batch(
+            {name: moved(held, device) for name, held in inputs.items()},
+            (moved(where[0], device), moved(where[1], device)),
+            moved(kept, device),
+            None if real is None else moved(real, device),
+            moved(clients, device),
+            None if every is None else moved(every, device),
+        )
+
+    def _inputs(self, rows: list[Example | None], some: Example) -> dict[str, torch.Tensor]:
+        filler = some.inputs["input_ids"][:1]
+        texts = [filler if example is None else example.inputs["input_ids"] for example in rows]
+        ids = _padded(texts, self.padding)
+        lengths = [len(text) for text in texts]
+        mask = torch.ones_like(ids)
+        if min(lengths) < ids.shape[1]:
+            mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        for name in BESIDE:
+            if name in some.inputs:
+                held = [filler.new_zeros(1) if example is None else example.inputs[name] for example in rows]
+                inputs[name] = _padded(held, 0)
+        if self.begin is not None:
+            inputs["decoder_input_ids"] = self._shifted(rows, self.begin)
+        return inputs
+
+    def _labels(self, rows: list[Example | None]) -> torch.Tensor:
+        none = torch.tensor([IGNORE])
+        return _padded([none if example is None else example.labels for example in rows], IGNORE)
+
+    def _shifted(self, rows: list[Example | None], begin: int) -> torch.Tensor:
+        """Decoder inputs: the labels moved right by one, padded."""
+        longest = max(len(example.labels) for example in rows if example is not None)
+        ids = torch.full((len(rows), longest), self.padding)
+        ids[:, 0] = begin
+        for number, example in enumerate(rows):
+            if example is not None:
+                ids[number, 1 : len(example.labels)] = example.labels[:-1]
+        return ids
+
+
+@lru_cache(maxsize=16)
+def _all_of(rows: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and position of each place of [rows, positions], in order; nobody writes to them."""
+    return torch.arange(rows).repeat_interleave(positions), torch.arange(positions).repeat(rows)
+
+
+def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Rows one below the other, filled up with `value`."""
+    if all(len(row) == len(rows[0]) for row in rows):
+        return torch.stack(rows)
+    return pad_sequence(rows, batch_first=True, padding_value=value)
