@@ -134,11 +134,12 @@ class Stack:
 
 def clip_(blocks: Blocks, limit: float) -> None:
     """Scale each client's gradient to at most the Euclidean norm `limit`, as torch.nn.utils.clip_grad_norm_ does."""
-    squares = sum(block.square().view(len(block), -1, LINE).sum(2).sum(1) for block in blocks.values())
-    if isinstance(squares, torch.Tensor):
-        factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for dtype, block in blocks.items():
-            block.mul_(factor.to(dtype).unsqueeze(1))
+    length = torch.linalg.vector_norm
+    norms = [length(length(block.view(len(block), -1, LINE), dim=2), dim=1, keepdim=True) for block in blocks.values()]
+    whole = norms[0] if len(norms) == 1 else length(torch.cat(norms, 1), dim=1, keepdim=True)
+    factor = (limit / (whole + 1e-6)).clamp(max=1.0)
+    for dtype, block in blocks.items():
+        block.mul_(factor.to(dtype))
 
 
 def finite_rows(blocks: Blocks) -> list[bool]:
