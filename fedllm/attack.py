@@ -47,6 +47,7 @@ from fedllm.run import (
     Pooled,
     Watch,
     environment,
+    ground_of,
     guard_of,
     headline,
     kept_folder,
@@ -129,32 +130,17 @@ def siege(
     for name in columns[1:]:
         protected(settled, name)
     place = kept_folder(settled, folder, "attack")
-    ground = prepare(settled, data)
-    same_ground(place, ground)
-    place.write_json("environment.json", environment(ground))
-    watch.begin(settled, ground, place.path)
-    metric, found = headline(ground), list[dict[str, Any]]()
-    for key in keys:
-        method = method_of(settled, key)
-        if not isinstance(method, Method):
-            raise ConfigError(f"{key} is a protocol.", "Attacks and defences go with methods.", "fedavg")
-        own = ground if method.adapter() == method_of(settled).adapter() else _ground(settled, key, data)
-        refused = _refused(own, method, known, columns)
-        for defence in columns:
-            for name in rows:
-                one = known.get(name)
-                if (name, defence) in refused:
-                    found.append(_empty(key, name, defence, refused[name, defence]))
-                    continue
-                if isinstance(one, Observer):
-                    found.append(_watched(own, method, one, (key, name, defence), place, watch))
-                    continue
-                leg = _played(own, method, name, defence, place, watch)
-                success = {goal: _success(leg, own, known[goal], metric) for goal in _goals(known, name)}
-                value = leg.ground.learner.values(total(leg.counts.values())).get(metric) if leg.counts else None
-                dropped = (leg.server.guard.told() or {}).get("dropped", [])
-                cell = _empty(key, name, defence)
-                found.append({**cell, "score": value, "reached": success, "dropped": list(dropped)})
+    with prepare(settled, data) as ground:
+        same_ground(place, ground)
+        place.write_json("environment.json", environment(ground))
+        watch.begin(settled, ground, place.path)
+        metric, found = headline(ground), list[dict[str, Any]]()
+        for key in keys:
+            method = method_of(settled, key)
+            if not isinstance(method, Method):
+                raise ConfigError(f"{key} is a protocol.", "Attacks and defences go with methods.", "fedavg")
+            with ground_of(ground, method, key, data) as own:
+                found += _grid(own, method, key, known, (rows, columns), place, watch)
     table = _related(found, ground.learner.higher_is_better)
     place.write_json("attack.json", {"metric": metric, "rows": table})
     place.write_text("attack.md", to_markdown(table, metric))
@@ -191,6 +177,36 @@ def protected(recipe: Recipe, defence: str) -> Recipe:
         return recipe.model_copy(update={name: read(MODES[name], options, name)})
     named("defence", {**defences(), **MODES}, chosen)
     return recipe.model_copy(update={"defence": chosen})
+
+
+def _grid(
+    ground: Ground,
+    method: Method,
+    key: str,
+    known: Mapping[str, Attack | Observer],
+    sides: tuple[Sequence[str], Sequence[str]],
+    place: RunFolder,
+    watch: Watch,
+) -> list[dict[str, Any]]:
+    """The cells of one method: `sides` are attacks and observers, and defences and modes."""
+    (rows, columns), metric, found = sides, headline(ground), list[dict[str, Any]]()
+    refused = _refused(ground, method, known, columns)
+    for defence in columns:
+        for name in rows:
+            one = known.get(name)
+            if (name, defence) in refused:
+                found.append(_empty(key, name, defence, refused[name, defence]))
+                continue
+            if isinstance(one, Observer):
+                found.append(_watched(ground, method, one, (key, name, defence), place, watch))
+                continue
+            leg = _played(ground, method, name, defence, place, watch)
+            success = {goal: _success(leg, ground, known[goal], metric) for goal in _goals(known, name)}
+            value = leg.ground.learner.values(total(leg.counts.values())).get(metric) if leg.counts else None
+            dropped = (leg.server.guard.told() or {}).get("dropped", [])
+            cell = _empty(key, name, defence)
+            found.append({**cell, "score": value, "reached": success, "dropped": list(dropped)})
+    return found
 
 
 def _watched(
@@ -234,10 +250,6 @@ def _refused(
                     raise
                 found[name, defence] = f"{name} under {defence}: {fault}"
     return found
-
-
-def _ground(recipe: Recipe, key: str, data: Data | None) -> Ground:
-    return prepare(recipe.model_copy(update={"method": {"name": key}}), data)
 
 
 def _guarded(ground: Ground, method: Method, attack: str, defence: str) -> tuple[Recipe, Guard]:

@@ -27,6 +27,7 @@ from fedllm.run import (
     check_codec,
     check_mixing,
     environment,
+    ground_of,
     guard_of,
     headline,
     kept_folder,
@@ -95,33 +96,31 @@ def compare(
     metric, early = "", list[str]()
     for number in range(seeds):
         seeded = settled.model_copy(update={"seed": settled.seed + number})
-        ground = prepare(seeded, data)
-        metric = headline(ground)
-        guards = {key: _guard(ground, key) for key in methods}  # what cannot be is refused before anything is trained
-        if number == 0:
-            same_ground(place, ground)
-            place.write_json("environment.json", environment(ground))
-            watch.begin(seeded, ground, place.path)
-        for key in methods:
-            name = f"{key}-seed{seeded.seed}"
-            if key == "base":
-                found[key].append({**base_row(ground), "up": 0, "down": 0, "tokens": 0, "steps": 0, "seconds": 0.0})
-                continue
-            method = method_of(seeded, key)
-            own, first = ground, method_of(seeded)
-            if method.public > first.public or method.adapter() != first.adapter():  # it needs a ground of its own
-                own = prepare(seeded.model_copy(update={"method": {"name": key}}), data)
-            leg = Leg(name, method, own, place, watch, debug, guards[key])
-            if not asyncio.run(leg.play()):
-                raise KeyboardInterrupt
-            if not isinstance(method, Protocol) and leg.state.round < settled.rounds:
-                why = leg.stopped or leg.server.guard.stops(leg.state.round + 1) or "no reason is known"
-                at = f"after round {leg.state.round} of {settled.rounds}"
-                early.append(f"{key} with seed {seeded.seed} ended {at}: {why}")
-            meter = leg.server.meter
-            sent = {way: travelled(meter, way) for way in ("up", "down")}
-            spent = {"tokens": meter.tokens, "steps": meter.steps, "seconds": meter.seconds}
-            found[key].append({**leg.row(), **sent, **spent})
+        with prepare(seeded, data) as ground:
+            metric = headline(ground)
+            guards = {key: _guard(ground, key) for key in methods}  # what cannot be is refused before training
+            if number == 0:
+                same_ground(place, ground)
+                place.write_json("environment.json", environment(ground))
+                watch.begin(seeded, ground, place.path)
+            for key in methods:
+                name = f"{key}-seed{seeded.seed}"
+                if key == "base":
+                    found[key].append({**base_row(ground), "up": 0, "down": 0, "tokens": 0, "steps": 0, "seconds": 0.0})
+                    continue
+                method = method_of(seeded, key)
+                with ground_of(ground, method, key, data) as own:
+                    leg = Leg(name, method, own, place, watch, debug, guards[key])
+                    if not asyncio.run(leg.play()):
+                        raise KeyboardInterrupt
+                if not isinstance(method, Protocol) and leg.state.round < settled.rounds:
+                    why = leg.stopped or leg.server.guard.stops(leg.state.round + 1) or "no reason is known"
+                    at = f"after round {leg.state.round} of {settled.rounds}"
+                    early.append(f"{key} with seed {seeded.seed} ended {at}: {why}")
+                meter = leg.server.meter
+                sent = {way: travelled(meter, way) for way in ("up", "down")}
+                spent = {"tokens": meter.tokens, "steps": meter.steps, "seconds": meter.seconds}
+                found[key].append({**leg.row(), **sent, **spent})
     table = {
         "name": settled.name,
         "metric": metric,

@@ -83,22 +83,22 @@ def profit(
     if not isinstance(method, Profit):
         raise ConfigError(f"The recipe's method is {method.key}.", "Allowed: profit.", action="Set method=profit.")
     check_grid(lrs, steps, mixes)
-    ground = prepare(settled, data)
-    if not len(ground.federation.public):
-        ground.federation.public = everybody(ground.federation, settled.seed)
-    place = kept_folder(settled, folder, "profit")
-    same_ground(place, ground)
-    place.write_json("environment.json", environment(ground))
-    watch.begin(settled, ground, place.path)
-    leg = Leg("federated", method, ground, place, watch)
-    if not asyncio.run(leg.play()):
-        raise KeyboardInterrupt
-    metric, rows = headline(ground), []
-    for lr in lrs:
-        train = {**method.train.model_dump(exclude={"steps", "epochs", "schedule"}), "lr": lr}
-        grid = {"train": train, "points": list(steps), "mixes": list(mixes), "near": near}
-        rows += [{"lr": lr, **row} for row in asyncio.run(_personal(leg, ground, method, grid, metric))]
-    marked = pareto(rows, ground)
+    with prepare(settled, data) as ground:
+        if not len(ground.federation.public):
+            ground.federation.public = everybody(ground.federation, settled.seed)
+        place = kept_folder(settled, folder, "profit")
+        same_ground(place, ground)
+        place.write_json("environment.json", environment(ground))
+        watch.begin(settled, ground, place.path)
+        leg = Leg("federated", method, ground, place, watch)
+        if not asyncio.run(leg.play()):
+            raise KeyboardInterrupt
+        metric, rows = headline(ground), []
+        for lr in lrs:
+            train = {**method.train.model_dump(exclude={"steps", "epochs", "schedule"}), "lr": lr}
+            grid = {"train": train, "points": list(steps), "mixes": list(mixes), "near": near}
+            rows += [{"lr": lr, **row} for row in asyncio.run(_personal(leg, ground, method, grid, metric))]
+        marked = pareto(rows, ground)
     place.write_json("profit.json", {"metric": metric, "rows": marked})
     place.write_text("profit.md", to_markdown(marked, metric))
     place.write_text("profit.svg", picture(marked, metric))

@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -143,6 +144,17 @@ class Ground:
     guard: Guard = field(default_factory=Guard)
     remote: Callable[[str, Algorithm], tuple[Engine, Stores]] | None = None
     crew: Crew | None = None
+
+    def __enter__(self) -> Ground:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the other processes; work that is asked for later starts new ones."""
+        if self.crew is not None:
+            self.crew.close()
 
     def left_by(self, method: Algorithm) -> frozenset[str]:
         """Trainable tensors of the learner that this method does not know."""
@@ -281,6 +293,21 @@ def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) 
     left = frozenset(learner.initial()) - plain
     guard = guard_of(recipe, federation, method, cohort)
     return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left, guard, crew=crew)
+
+
+def ground_of(ground: Ground, method: Algorithm, key: str, data: Data | None) -> AbstractContextManager[Ground]:
+    """A ground for another method: one of its own where it needs public rows, or trains other tensors.
+
+    Args:
+        ground: that of a recipe.
+        method: the other method.
+        key: its key.
+        data: data in memory instead of what the recipe names.
+    """
+    first = method_of(ground.recipe)
+    if method.public <= first.public and method.adapter() == first.adapter():
+        return nullcontext(ground)
+    return prepare(ground.recipe.model_copy(update={"method": {"name": key}}), data)
 
 
 def check_codec(recipe: Recipe, method: Algorithm) -> None:
@@ -566,8 +593,7 @@ def play(ground: Ground, folder: RunFolder, watch: Watch, debug: bool = False) -
     finally:
         for tracker in trackers:
             tracker.close()
-        if ground.crew is not None:
-            ground.crew.close()
+        ground.close()
     state = legs[0].state
     from fedllm.models.adapters.export import save_adapter
 

@@ -253,6 +253,7 @@ def _end(end: Connection, process: BaseProcess) -> None:
     process.join(0.5)
     if process.is_alive():
         process.terminate()
+        process.join(5.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

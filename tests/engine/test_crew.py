@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedllm
+from fedllm.attack import siege
 from fedllm.core.errors import ConfigError, FedLLMError, ModelError, RunError
 from fedllm.core.tensors import Tensors
 from fedllm.core.train import Train
@@ -295,6 +297,35 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     again = fedllm.resume(tmp_path / "cut", data=data())
     assert all(torch.equal(t, again.state.params[n]) for n, t in whole.state.params.items())
     assert whole.table["rows"] == again.table["rows"]
+
+
+class Count(Watch):
+    """How many other processes there are when a leg begins, and a leg at which all ends."""
+
+    def __init__(self, last: str = "") -> None:
+        self.last, self.seen = last, dict[str, int]()
+
+    def leg(self, name: str, rounds: int, begun: int) -> None:
+        self.seen[name] = len(multiprocessing.active_children())
+        if name == self.last:
+            raise KeyboardInterrupt
+
+
+def test_processes_end_with_what_they_were_started_for(tmp_path: Path) -> None:
+    """A comparison starts them once a seed, and again for a method that trains other tensors."""
+    asked, before = recipe(processes=2, rounds=1, evaluation={}), len(multiprocessing.active_children())
+    watch = Count(last="fedavg-seed1")
+    with pytest.raises(KeyboardInterrupt):
+        fedllm.compare(
+            asked, ["fedavg", "fedprox", "fedlora"], seeds=2, data=data(), folder=tmp_path / "compare", watch=watch
+        )
+    assert {name: count - before for name, count in watch.seen.items()} == {
+        "fedavg-seed0": 0, "fedprox-seed0": 1, "fedlora-seed0": 1, "fedavg-seed1": 0,
+    }  # fmt: skip
+    assert len(multiprocessing.active_children()) == before
+    siege(asked, ["sign-flip"], ["median"], ["fedavg"], data=data(), folder=tmp_path / "attack", watch=watch)
+    assert watch.seen["fedavg-sign-flip-median"] == before + 1
+    assert len(multiprocessing.active_children()) == before
 
 
 @pytest.mark.parametrize(
