@@ -23,21 +23,33 @@ class Batch:
 
     Attributes:
         inputs: the model's inputs.
-        where: row and position of every label, shapes [M]; positions index the logits.
-        labels: the labels, [M].
-        real: numbers of the rows that are examples (others only fill clients up to the same count), [n]; None where
-            all are.
-        clients: for each real row, its client's number, [n].
-        every: the label at each position of the logits, [N, T], where all have one but the last, behind which the text
-            does not go on; else None.
+        clients: for each row that is an example, its client's number, [n].
+        real: numbers of these rows (others only fill clients up to the same count), [n]; None where all are.
+        chosen: row and position of every label, and the labels, [M] each; None where all positions have one.
+        every: then the label at each position of the logits, [N, T].
+        behind: then how many positions at the end have none, because the text does not go on behind them.
     """
 
     inputs: dict[str, torch.Tensor]
-    where: tuple[torch.Tensor, torch.Tensor]
-    labels: torch.Tensor
-    real: torch.Tensor | None
     clients: torch.Tensor
+    real: torch.Tensor | None
+    chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     every: torch.Tensor | None = None
+    behind: int = 0
+
+    @property
+    def where(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and position of every label, [M] each; positions index the logits."""
+        if self.chosen is not None:
+            return self.chosen[:2]
+        every = self._every()
+        rows, positions = (torch.arange(size, device=every.device) for size in every.shape)
+        return rows.repeat_interleave(len(positions)), positions.repeat(len(rows))
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The labels, [M]."""
+        return self._every().flatten() if self.chosen is None else self.chosen[2]
 
     def of_examples(self, rows: torch.Tensor) -> torch.Tensor:
         """What belongs to examples of something that belongs to rows."""
@@ -46,6 +58,10 @@ class Batch:
     def numbers(self) -> list[int]:
         """Numbers of the rows that are examples."""
         return list(range(len(self.clients))) if self.real is None else self.real.tolist()
+
+    def _every(self) -> torch.Tensor:
+        """The labels without the positions that have none."""
+        return torch.empty(0) if self.every is None else self.every[:, : self.every.shape[1] - self.behind]
 
 
 @dataclass(frozen=True)
@@ -71,32 +87,20 @@ class Collator:
         flat = [example for group in groups for example in group]
         if min(counts) == width:
             rows: list[Example | None] = [*flat]
-            real, clients = None, _all_of(len(groups), width)[0]
+            real, clients = None, _in_order(len(groups), width, device)
         else:
             rows = [group[place] if place < len(group) else None for group in groups for place in range(width)]
-            real = torch.tensor([number for number, example in enumerate(rows) if example is not None])
-            clients = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts))
-        inputs = self._inputs(rows, flat[0])
-        labels, every = self._labels(rows), None
-        if not self.per_token:
-            owners = torch.arange(len(rows)) if real is None else real
-            where, kept = (owners, torch.zeros_like(owners)), labels[owners, 0]
-        else:
-            used = labels[:, 1:] if self.goes_on else labels
-            if sum(example.targets for example in flat) == used.numel():
-                where, kept = _all_of(*used.shape), used.flatten()
-                every = functional.pad(used, (0, 1), value=IGNORE) if self.goes_on else used
-            else:
-                found = torch.nonzero(used != IGNORE, as_tuple=True)
-                where, kept = (found[0], found[1]), used[found]
-        return Batch(
-            {name: moved(held, device) for name, held in inputs.items()},
-            (moved(where[0], device), moved(where[1], device)),
-            moved(kept, device),
-            None if real is None else moved(real, device),
-            moved(clients, device),
-            None if every is None else moved(every, device),
-        )
+            real = moved(torch.tensor([number for number, example in enumerate(rows) if example is not None]), device)
+            clients = moved(torch.arange(len(groups)).repeat_interleave(torch.tensor(counts)), device)
+        inputs = {name: moved(held, device) for name, held in self._inputs(rows, flat[0]).items()}
+        labels = self._labels(rows)
+        used = labels[:, 1:] if self.goes_on else labels
+        if self.per_token and sum(example.targets for example in flat) == used.numel():
+            every = functional.pad(used, (0, 1), value=IGNORE) if self.goes_on else used
+            return Batch(inputs, clients, real, None, moved(every, device), int(self.goes_on))
+        places = torch.nonzero(used != IGNORE, as_tuple=True)
+        first, second, kept = (moved(held, device) for held in (*places, used[places]))
+        return Batch(inputs, clients, real, (first, second, kept))
 
     def _inputs(self, rows: list[Example | None], some: Example) -> dict[str, torch.Tensor]:
         filler = some.inputs["input_ids"][:1]
@@ -131,9 +135,10 @@ class Collator:
 
 
 @lru_cache(maxsize=16)
-def _all_of(rows: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and position of each place of [rows, positions], in order; nobody writes to them."""
-    return torch.arange(rows).repeat_interleave(positions), torch.arange(positions).repeat(rows)
+def _in_order(clients: int, rows: int, device: torch.device) -> torch.Tensor:
+    """The client of each row where all have equally many; nobody writes to it."""
+    with torch.inference_mode(False):  # it is kept: training may be the next to use it
+        return torch.arange(clients, device=device).repeat_interleave(rows)
 
 
 def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -111,16 +111,16 @@ class TransformerLearner:
     def losses_by_row(self, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every example, client after client, and the number of its client; both [examples]."""
         batch = self.collate(groups)
-        rows, owner = batch.inputs["input_ids"].shape[0], batch.where[0]
+        if batch.every is not None and not self._offset and not self.head.splits(batch.every.numel()):
+            return self.task.loss_of(self.adapted.call(self._read(batch)).logits, batch.every), batch.clients
+        rows, owner, labels = batch.inputs["input_ids"].shape[0], batch.where[0], batch.labels
         if self.head.splits(len(owner)):
             hidden = self.head.hidden(self._read(batch), owner, self._positions(batch))
             by_row = self.head.sums(
-                hidden, owner, lambda logits, at: self.task.loss_rows(logits, batch.labels[at], owner[at], rows)
+                hidden, owner, lambda logits, at: self.task.loss_rows(logits, labels[at], owner[at], rows)
             )
-        elif batch.every is not None and not self._offset:
-            by_row = self.task.loss_of(self.adapted.call(self._read(batch)).logits, batch.every)
         else:
-            by_row = self.task.loss_rows(self._logits(batch)[0], batch.labels, owner, rows)
+            by_row = self.task.loss_rows(self._logits(batch)[0], labels, owner, rows)
         return batch.of_examples(by_row), batch.clients
 
     def outputs(self, groups: Groups) -> list[torch.Tensor]:

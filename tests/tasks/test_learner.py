@@ -174,6 +174,17 @@ def test_texts_with_a_label_everywhere_have_the_losses_of_chosen_positions(famil
         assert clients.tolist() == [k for k, group in enumerate(groups) for _ in group]
 
 
+def test_batches_made_in_inference_mode_leave_training_as_it_is():
+    learner, ids = make("llama", "causal-lm"), torch.arange(5, 14)
+    groups = [[Example({"input_ids": ids}, ids, 9, 8)] * 3] * 7
+    with torch.inference_mode():
+        learner.collate(groups)
+    params = {name: tensor.requires_grad_() for name, tensor in stacked(*[learner.initial()] * 7).items()}
+    with learner.using(params):
+        found = torch.autograd.grad(learner.losses(groups).sum(), list(params.values()))
+    assert all(bool(torch.isfinite(slope).all()) for slope in found)
+
+
 def test_a_label_that_is_missing_or_a_row_that_fills_up_is_seen():
     learner = make("llama", "causal-lm")
     ids = torch.arange(5, 14)
