@@ -20,7 +20,13 @@ from fedllm.core.view import Region, View
 
 
 class Running:
-    """A reduction under way: :meth:`add` takes one part, :meth:`result` gives what they became (None if none came)."""
+    """A reduction under way: :meth:`add` takes one part, :meth:`result` gives what they became (None if none came).
+
+    Attributes:
+        fitting: names and shapes of parts are compared with what is expected before :meth:`check`.
+    """
+
+    fitting = False
 
     def check(self, part: Part, client: str) -> None:
         """Raise :class:`UploadRejected` for a part that cannot be taken; called before any part of an upload is."""
@@ -103,7 +109,7 @@ class _RunningMean(Running):
         self.whole = torch.empty(0, dtype=torch.float64)
         self.dtypes: dict[str, torch.dtype] = {}
         self.kind: type[Part] = Dense
-        self.waiting: list[tuple[Tensors, float]] = []
+        self.waiting: list[tuple[Tensors, torch.Tensor | None, float]] = []
         self.held = 0
 
     def check(self, part: Part, client: str) -> None:
@@ -113,7 +119,8 @@ class _RunningMean(Running):
             return
         if type(part) is not self.kind:
             raise UploadRejected(f"Client '{client}' sent a {part.kind} part.", f"Expected: {self.kind.kind}.")
-        same_shapes(tensors, self.sums, f"The upload of client '{client}'")
+        if not self.fitting:
+            same_shapes(tensors, self.sums, f"The upload of client '{client}'")
 
     def add(self, part: Part, weight: float, client: str) -> None:
         """See :class:`Running`."""
@@ -121,12 +128,13 @@ class _RunningMean(Running):
         share = weight if self.weighting == "examples" and not isinstance(part, Table) else 1.0
         if self.sums is None:
             self._make_room(type(part), tensors)
-        for name, tensor in tensors.items():
-            if tensor.dtype != self.dtypes[name]:
+        whole = in_one_piece([tensors[name] for name in self.dtypes])
+        if whole is None or whole.dtype != torch.float32:
+            for name, tensor in tensors.items():
                 self.dtypes[name] = torch.promote_types(self.dtypes[name], tensor.dtype)
         self.total += share
-        self.waiting.append((tensors, share))
-        self.held += size_in_bytes(tensors)
+        self.waiting.append((tensors, whole, share))
+        self.held += size_in_bytes(tensors) if whole is None else whole.nbytes
         if len(self.waiting) == WAITING or self.held > WAITING_BYTES:
             self._add_up()
 
@@ -139,14 +147,12 @@ class _RunningMean(Running):
 
     def _add_up(self) -> None:
         """Add the waiting uploads in the order they came: all of an upload at once where it lies in one piece."""
-        sums = self.sums or {}
-        pieces = [in_one_piece(tensors[name] for name in sums) for tensors, _ in self.waiting]
-        whole = [(piece, share) for piece, (_, share) in zip(pieces, self.waiting, strict=True) if piece is not None]
-        if len(whole) == len(pieces):
-            _add_in_stretches(self.whole, whole)
+        pieces = [(whole, share) for _, whole, share in self.waiting if whole is not None]
+        if len(pieces) == len(self.waiting):
+            _add_in_stretches(self.whole, pieces)
         else:
-            for name, total in sums.items():
-                own = [(tensors[name].reshape(-1), share) for tensors, share in self.waiting]
+            for name, total in (self.sums or {}).items():
+                own = [(tensors[name].reshape(-1), share) for tensors, _, share in self.waiting]
                 _add_in_stretches(total.view(-1), own)
         self.waiting.clear()
         self.held = 0
@@ -335,6 +341,7 @@ class Reduction:
         self.running = {name: reducer.begin() for name, reducer in self.reducers.items()}
         self.expected = dict(expected or {})
         for name, reducer in self.reducers.items():
+            self.running[name].fitting = name in self.expected
             if isinstance(reducer, OwnedMean) and name not in self.expected:
                 raise ConfigError(
                     f"The part '{name}' is reduced by an OwnedMean, and the method does not say how large it may be.",

@@ -102,9 +102,9 @@ def in_one_piece(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
     first, dtype, size = held[0], held[0].dtype, held[0].element_size()
     begin = end = first.data_ptr()  # 0 where nothing lies in memory
     for tensor in held:
-        if tensor.data_ptr() != end or tensor.dtype != dtype or not tensor.is_contiguous():
+        if tensor.data_ptr() != end or tensor.dtype is not dtype or not tensor.is_contiguous():
             return None
-        end += tensor.numel() * size
+        end += tensor.nbytes
     count, offset = (end - begin) // size, first.storage_offset()
     if not begin or (offset + count) * size > first.untyped_storage().nbytes():
         return None  # neighbours in memory, but not of one piece
