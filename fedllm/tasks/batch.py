@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch.nn import functional
@@ -15,6 +15,8 @@ from fedllm.tasks.pack import IGNORE
 
 BESIDE = ("token_type_ids", "position_ids")
 """Inputs that lie beside the token ids, where a task makes them."""
+NEARLY = 31 / 32
+"""Share of positions with a label from which on it takes less time to compute all than to choose some."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,8 @@ class Batch:
         inputs: the model's inputs.
         clients: for each row that is an example, its client's number, [n].
         real: numbers of these rows (others only fill clients up to the same count), [n]; None where all are.
-        chosen: row and position of every label, and the labels, [M] each; None where all positions have one.
-        every: then the label at each position of the logits, [N, T].
-        behind: then how many positions at the end have none, because the text does not go on behind them.
+        chosen: row and position of every label, and the labels, [M] each; None where nearly all positions have one.
+        every: then the label at each position of the logits, or IGNORE, [N, T].
     """
 
     inputs: dict[str, torch.Tensor]
@@ -35,21 +36,16 @@ class Batch:
     real: torch.Tensor | None
     chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     every: torch.Tensor | None = None
-    behind: int = 0
 
     @property
     def where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of every label, [M] each; positions index the logits."""
-        if self.chosen is not None:
-            return self.chosen[:2]
-        every = self._every()
-        rows, positions = (torch.arange(size, device=every.device) for size in every.shape)
-        return rows.repeat_interleave(len(positions)), positions.repeat(len(rows))
+        return self._picked[:2]
 
     @property
     def labels(self) -> torch.Tensor:
         """The labels, [M]."""
-        return self._every().flatten() if self.chosen is None else self.chosen[2]
+        return self._picked[2]
 
     def of_examples(self, rows: torch.Tensor) -> torch.Tensor:
         """What belongs to examples of something that belongs to rows."""
@@ -59,9 +55,12 @@ class Batch:
         """Numbers of the rows that are examples."""
         return list(range(len(self.clients))) if self.real is None else self.real.tolist()
 
-    def _every(self) -> torch.Tensor:
-        """The labels without the positions that have none."""
-        return torch.empty(0) if self.every is None else self.every[:, : self.every.shape[1] - self.behind]
+    @cached_property
+    def _picked(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.chosen is not None or self.every is None:
+            return self.chosen or (torch.empty(0), torch.empty(0), torch.empty(0))
+        rows, positions = torch.nonzero(self.every != IGNORE, as_tuple=True)
+        return rows, positions, self.every[rows, positions]
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,9 @@ class Collator:
         inputs = {name: moved(held, device) for name, held in self._inputs(rows, flat[0]).items()}
         labels = self._labels(rows)
         used = labels[:, 1:] if self.goes_on else labels
-        if self.per_token and sum(example.targets for example in flat) == used.numel():
+        if self.per_token and sum(example.targets for example in flat) >= NEARLY * used.numel():
             every = functional.pad(used, (0, 1), value=IGNORE) if self.goes_on else used
-            return Batch(inputs, clients, real, None, moved(every, device), int(self.goes_on))
+            return Batch(inputs, clients, real, None, moved(every, device))
         places = torch.nonzero(used != IGNORE, as_tuple=True)
         first, second, kept = (moved(held, device) for held in (*places, used[places]))
         return Batch(inputs, clients, real, (first, second, kept))

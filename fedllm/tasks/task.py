@@ -168,13 +168,14 @@ class CausalLM(Task):
             return packed(super().prepare(rows), self.settings.max_length)
         if len(rows):
             self._check_columns(rows[0])
-        joined = [pair for row in rows for pair in zip(*self._labelled(row), strict=True)]
-        size, found = self.settings.max_length, []
-        for start in range(0, len(joined), size):
-            ids, labels = (torch.tensor(part) for part in zip(*joined[start : start + size], strict=True))
-            if targets := int((labels[1:] != IGNORE).sum()):
-                found.append(Example({"input_ids": ids}, labels, len(ids), targets))
-        return found
+        texts = [torch.tensor(self._labelled(row), dtype=torch.long) for row in rows]  # [2, tokens] each
+        blocks = torch.cat(texts, 1).split(self.settings.max_length, 1) if texts else ()
+        counts = [int((labels[1:] != IGNORE).sum()) for _, labels in blocks]
+        return [
+            Example({"input_ids": ids}, labels, len(ids), targets)
+            for (ids, labels), targets in zip(blocks, counts, strict=True)
+            if targets
+        ]
 
     def _answered(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows without conversations that have nothing to learn from; without an answer all text would count."""

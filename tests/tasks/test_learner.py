@@ -185,15 +185,29 @@ def test_batches_made_in_inference_mode_leave_training_as_it_is():
     assert all(bool(torch.isfinite(slope).all()) for slope in found)
 
 
-def test_a_label_that_is_missing_or_a_row_that_fills_up_is_seen():
-    learner = make("llama", "causal-lm")
-    ids = torch.arange(5, 14)
-    whole, lacking = Example({"input_ids": ids}, ids, 9, 8), Example({"input_ids": ids}, ids.clone(), 9, 7)
-    lacking.labels[4] = IGNORE
-    shorter = Example({"input_ids": ids[:8]}, ids[:8], 8, 7)
-    assert learner.collate([[whole], [whole]]).every is not None
-    for groups in ([[whole, lacking]], [[whole], [shorter]], [[whole, whole], [whole]], [[whole], []]):
-        assert learner.collate(groups).every is None, groups
+def test_few_positions_without_a_label_are_computed_and_count_for_nothing():
+    """The first token of a text in a block has nothing to be foretold from; shorter rows have padding."""
+    learner, draw = make("llama", "causal-lm"), torch.Generator().manual_seed(0)
+
+    def text(size: int, *lacking: int) -> Example:
+        ids = torch.randint(5, 200, (size,), generator=draw)
+        labels = ids.clone()
+        labels[list(lacking)] = IGNORE
+        return Example({"input_ids": ids}, labels, size, size - 1 - len(lacking))
+
+    near, many = [[text(65), text(64)], [text(65, 30), text(65)]], [text(9) for _ in range(69)]
+    far = [[text(65), text(50)], [text(65, 3, 4, 5, 6, 7), text(65, 9)]]
+    cases = (near, True), (far, False), ([many[:35], many[35:]], True), ([many[:2], many[2:3]], False)
+    for groups, found in (*cases, ([many[:1], []], False)):
+        batch, params = learner.collate(groups), stacked(*[shaken(learner.initial(), k) for k in range(2)])
+        assert (batch.every is not None) is found
+        with torch.no_grad(), learner.using(params):
+            by_row, clients = learner.losses_by_row(groups)
+            chosen, owner = learner._logits(batch)
+            rows = learner.task.loss_rows(chosen, batch.labels, owner, len(batch.inputs["input_ids"]))
+        assert torch.allclose(by_row, batch.of_examples(rows), rtol=1e-5)
+        assert clients.tolist() == [k for k, group in enumerate(groups) for _ in group]
+        assert len(batch.labels) == sum(example.targets for group in groups for example in group)
 
 
 def test_a_model_whose_output_layer_cannot_be_restricted_is_run_whole_with_a_note():
