@@ -89,6 +89,17 @@ def test_the_bridge_is_the_truncated_svd_and_resets_the_base(split: Any) -> None
     assert "sparse" not in state.memory and 0 < state.numbers["energy_kept"] < 1
 
 
+def test_a_run_that_stops_in_stage_one_saves_what_the_bridge_makes_of_it() -> None:
+    found = start(rank=64, sparse_rounds=3)
+    state = found.rounds()
+    assert "sparse" in state.memory
+    saved, trained = found.method.weights(state, learner(64).initial()), change(found, state)
+    for name, pair in pairs(saved).items():
+        assert torch.allclose(pair.b @ pair.a, trained[name], atol=1e-5) and bool(trained[name].any())
+    state = found.rounds(2)
+    assert "sparse" not in state.memory and found.method.weights(state, {}) is state.params
+
+
 def test_everything_at_full_rank_reproduces_the_trained_weights() -> None:
     """rho = 1 and r = min(o, i): the same outputs before and after the bridge."""
     found = start(rank=64, density=1.0)

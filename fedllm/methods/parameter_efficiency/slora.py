@@ -6,7 +6,7 @@ the rank of LoRA and the base is as it was. Stage 2 is federated LoRA from there
 
 Deviations: entries are kept in units of LoRA's scale s, so that the bridge is B A = D_r whatever s is; a step of rate
 lr so moves weights as one of s lr (AdamW) or s^2 lr (SGD) would, and `sparse_train` sets a rate of its own. Directions
-that D lacks begin as LoRA's do. A failed last round of stage 1 is played again. The seed is sent in each.
+that D lacks begin as LoRA's do. The seed is sent in each round of stage 1, and a last one that failed is played again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from fedllm.core.tensors import Tensors, add
 from fedllm.core.train import Train
 from fedllm.core.work import Client
 
-LITTLE = 0.3
-"""A cut that keeps less of ||D||^2 is warned of; random places make D nearly full in rank."""
+LITTLE = 0.3  # a cut that keeps less of ||D||^2 is warned of; random places make D nearly full in rank
 
 
 class SLoRA(Method):
@@ -64,10 +63,8 @@ class SLoRA(Method):
         rounds, first = server.rounds, self.sparse_rounds
         first = first if isinstance(first, int) else min(max(1, round(first * rounds)), rounds - 1)
         if first >= max(rounds, 1):
-            raise ConfigError(
-                f"method.sparse_rounds={first} leaves no round for LoRA: the run has {rounds}.",
-                f"Allowed: 0 to {rounds - 1}, or a share below 1.",
-            )
+            what = f"method.sparse_rounds={first} leaves no round for LoRA: the run has {rounds}."
+            raise ConfigError(what, f"Allowed: 0 to {rounds - 1}, or a share below 1.")
         if not first:
             return state
         seed = derive(server.seed, "sparse")
@@ -86,9 +83,8 @@ class SLoRA(Method):
     @on_client
     async def work(self, client: Client, received: Received) -> Upload:
         """Train the entries (beside LoRA's first values, whose product is 0), or LoRA."""
-        fixed = self._places(client, received)
-        train = self.train if fixed is None else self.sparse_train or self.train
-        report = await client.fit(received.params, train, fixed=fixed)
+        fixed, first = self._places(client, received), self.sparse_train or self.train
+        report = await client.fit(received.params, self.train if fixed is None else first, fixed=fixed)
         return Upload(report.delta, weight=client.size, metrics=report.metrics)
 
     def expected(self, state: State) -> dict[str, Tensors]:
@@ -103,6 +99,10 @@ class SLoRA(Method):
         values = {name: new.pop(name) for name in state.memory["sparse"]}
         state = state.with_({**state.params, **new}, sparse=values)
         return self._bridge(state) if state.round + 1 >= state.numbers["sparse_rounds"] else state
+
+    def weights(self, state: State, start: Tensors) -> Tensors:
+        """In stage 1 what the bridge would make of it: a run that is stopped there has learned that."""
+        return self._bridge(state).params if "sparse" in state.memory else state.params
 
     @on_client
     async def evaluate(self, client: Client, received: Received) -> Upload:
