@@ -10,6 +10,7 @@ import hashlib
 import random
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 import numpy
@@ -29,7 +30,7 @@ def derive(seed: int, *names: str | int) -> int:
 
 
 class Derived(Sequence[int]):
-    """Seeds that are derived when somebody asks for one: most models draw nothing.
+    """Seeds that are derived, once, when somebody asks for one: most models draw nothing.
 
     Args:
         names: of each, what :func:`derive` is given.
@@ -37,6 +38,10 @@ class Derived(Sequence[int]):
 
     def __init__(self, names: Sequence[tuple[int, *tuple[str | int, ...]]]) -> None:
         self._names = names
+
+    @cached_property
+    def _seeds(self) -> list[int]:
+        return [derive(*names) for names in self._names]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -46,7 +51,7 @@ class Derived(Sequence[int]):
     @overload
     def __getitem__(self, place: slice) -> Sequence[int]: ...
     def __getitem__(self, place: int | slice) -> int | Sequence[int]:
-        return Derived(self._names[place]) if isinstance(place, slice) else derive(*self._names[place])
+        return self._seeds[place]
 
 
 def numpy_stream(seed: int, *names: str | int) -> numpy.random.Generator:
