@@ -27,25 +27,34 @@ class Batch:
         inputs: the model's inputs.
         clients: for each row that is an example, its client's number, [n].
         real: numbers of these rows (others only fill clients up to the same count), [n]; None where all are.
-        chosen: row and position of every label, and the labels, [M] each; None where nearly all positions have one.
-        every: then the label at each position of the logits, or IGNORE, [N, T].
+        told: by position of the logits its label or IGNORE, [N, T] on the CPU; of a row task [N, 1].
+        dense: nearly all positions have a label.
+        behind: positions that the logits have behind those of `told`.
+        device: where the inputs are.
     """
 
     inputs: dict[str, torch.Tensor]
     clients: torch.Tensor
     real: torch.Tensor | None
-    chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
-    every: torch.Tensor | None = None
+    told: torch.Tensor
+    dense: bool
+    behind: int
+    device: torch.device
 
     @property
     def where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of every label, [M] each; positions index the logits."""
-        return self._picked[:2]
+        return self._chosen[:2]
 
     @property
     def labels(self) -> torch.Tensor:
         """The labels, [M]."""
-        return self._picked[2]
+        return self._chosen[2]
+
+    def every(self) -> torch.Tensor:
+        """By position of the logits its label or IGNORE, [N, T + behind]."""
+        held = functional.pad(self.told, (0, self.behind), value=IGNORE) if self.behind else self.told
+        return moved(held, self.device)
 
     def of_examples(self, rows: torch.Tensor) -> torch.Tensor:
         """What belongs to examples of something that belongs to rows."""
@@ -56,11 +65,10 @@ class Batch:
         return list(range(len(self.clients))) if self.real is None else self.real.tolist()
 
     @cached_property
-    def _picked(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.chosen is not None or self.every is None:
-            return self.chosen or (torch.empty(0), torch.empty(0), torch.empty(0))
-        rows, positions = torch.nonzero(self.every != IGNORE, as_tuple=True)
-        return rows, positions, self.every[rows, positions]
+    def _chosen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, positions = torch.nonzero(self.told != IGNORE, as_tuple=True)
+        labels = self.told[rows, positions]
+        return moved(rows, self.device), moved(positions, self.device), moved(labels, self.device)
 
 
 @dataclass(frozen=True)
@@ -93,13 +101,9 @@ class Collator:
             clients = moved(torch.arange(len(groups)).repeat_interleave(torch.tensor(counts)), device)
         inputs = {name: moved(held, device) for name, held in self._inputs(rows, flat[0]).items()}
         labels = self._labels(rows)
-        used = labels[:, 1:] if self.goes_on else labels
-        if self.per_token and sum(example.targets for example in flat) >= NEARLY * used.numel():
-            every = functional.pad(used, (0, 1), value=IGNORE) if self.goes_on else used
-            return Batch(inputs, clients, real, None, moved(every, device))
-        places = torch.nonzero(used != IGNORE, as_tuple=True)
-        first, second, kept = (moved(held, device) for held in (*places, used[places]))
-        return Batch(inputs, clients, real, (first, second, kept))
+        told = labels[:, 1:] if self.goes_on else labels
+        dense = self.per_token and sum(example.targets for example in flat) >= NEARLY * told.numel()
+        return Batch(inputs, clients, real, told, dense, int(self.goes_on), device)
 
     def _inputs(self, rows: list[Example | None], some: Example) -> dict[str, torch.Tensor]:
         filler = some.inputs["input_ids"][:1]

@@ -111,8 +111,8 @@ class TransformerLearner:
     def losses_by_row(self, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every example, client after client, and the number of its client; both [examples]."""
         batch = self.collate(groups)
-        if batch.every is not None and not self._offset and not self.head.splits(batch.every.numel()):
-            by_row = self.task.loss_of(self.adapted.call(self._read(batch)).logits, batch.every)
+        if batch.dense and not self._offset and not self.head.splits(batch.told.numel()):
+            by_row = self.task.loss_of(self.adapted.call(self._read(batch)).logits, batch.every())
             return batch.of_examples(by_row), batch.clients
         rows, owner, labels = batch.inputs["input_ids"].shape[0], batch.where[0], batch.labels
         if self.head.splits(len(owner)):

@@ -165,7 +165,7 @@ def test_texts_with_a_label_everywhere_have_the_losses_of_chosen_positions(famil
         ]
         groups = [examples] if learner.width_limit else [examples[:2], examples[2:]]
         batch, params = learner.collate(groups), [shaken(learner.initial(), k) for k in range(len(groups))]
-        assert batch.every is not None and batch.numbers() == [0, 1, 2, 3]
+        assert batch.dense and batch.numbers() == [0, 1, 2, 3]
         with torch.no_grad(), learner.using(stacked(*params)):
             found, clients = learner.losses_by_row(groups)
             chosen, owner = learner._logits(batch)
@@ -200,7 +200,7 @@ def test_few_positions_without_a_label_are_computed_and_count_for_nothing():
     cases = (near, True), (far, False), ([many[:35], many[35:]], True), ([many[:2], many[2:3]], False)
     for groups, found in (*cases, ([many[:1], []], False)):
         batch, params = learner.collate(groups), stacked(*[shaken(learner.initial(), k) for k in range(2)])
-        assert (batch.every is not None) is found
+        assert batch.dense is found
         with torch.no_grad(), learner.using(params):
             by_row, clients = learner.losses_by_row(groups)
             chosen, owner = learner._logits(batch)
