@@ -281,14 +281,15 @@ class _Spent:
     def add(self, rate: float, seen: Sequence[Example]) -> None:
         self.rates += rate
         self.steps += 1
-        self.targets += sum(e.targets for e in seen)
         self.examples += len(seen)
-        self.tokens += sum(e.tokens for e in seen)
+        for example in seen:
+            self.targets += example.targets
+            self.tokens += example.tokens
 
 
 def _merged(parts: Sequence[Part]) -> Sequence[Part]:
     """Parts of one client alone are one part: it shares the pass with nobody."""
-    if len({part.client for part in parts}) > 1:
+    if any(part.client != parts[0].client for part in parts):
         return parts
     return [Part(parts[0].client, tuple(sorted(row for part in parts for row in part.rows)))]
 
