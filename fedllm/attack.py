@@ -139,8 +139,8 @@ def siege(
             method = method_of(settled, key)
             if not isinstance(method, Method):
                 raise ConfigError(f"{key} is a protocol.", "Attacks and defences go with methods.", "fedavg")
-            with ground_of(ground, method, key, data) as own:
-                found += _grid(own, method, key, known, (rows, columns), place, watch)
+            with ground_of(ground, method, data) as own:
+                found += _grid(own, method, known, (rows, columns), place, watch)
     table = _related(found, ground.learner.higher_is_better)
     place.write_json("attack.json", {"metric": metric, "rows": table})
     place.write_text("attack.md", to_markdown(table, metric))
@@ -182,14 +182,13 @@ def protected(recipe: Recipe, defence: str) -> Recipe:
 def _grid(
     ground: Ground,
     method: Method,
-    key: str,
     known: Mapping[str, Attack | Observer],
     sides: tuple[Sequence[str], Sequence[str]],
     place: RunFolder,
     watch: Watch,
 ) -> list[dict[str, Any]]:
     """The cells of one method: `sides` are attacks and observers, and defences and modes."""
-    (rows, columns), metric, found = sides, headline(ground), list[dict[str, Any]]()
+    (rows, columns), key, metric, found = sides, method.key, headline(ground), list[dict[str, Any]]()
     refused = _refused(ground, method, known, columns)
     for defence in columns:
         for name in rows:

@@ -109,7 +109,7 @@ def compare(
                     found[key].append({**base_row(ground), "up": 0, "down": 0, "tokens": 0, "steps": 0, "seconds": 0.0})
                     continue
                 method = method_of(seeded, key)
-                with ground_of(ground, method, key, data) as own:
+                with ground_of(ground, method, data) as own:
                     leg = Leg(name, method, own, place, watch, debug, guards[key])
                     if not asyncio.run(leg.play()):
                         raise KeyboardInterrupt

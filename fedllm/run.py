@@ -295,19 +295,18 @@ def prepare(recipe: Recipe, data: Data | None = None, near: Rows | None = None) 
     return Ground(recipe, federation, learner, width, measured, warnings, learners, roster, left, guard, crew=crew)
 
 
-def ground_of(ground: Ground, method: Algorithm, key: str, data: Data | None) -> AbstractContextManager[Ground]:
+def ground_of(ground: Ground, method: Algorithm, data: Data | None) -> AbstractContextManager[Ground]:
     """A ground for another method: one of its own where it needs public rows, or trains other tensors.
 
     Args:
         ground: that of a recipe.
         method: the other method.
-        key: its key.
         data: data in memory instead of what the recipe names.
     """
     first = method_of(ground.recipe)
     if method.public <= first.public and method.adapter() == first.adapter():
         return nullcontext(ground)
-    return prepare(ground.recipe.model_copy(update={"method": {"name": key}}), data)
+    return prepare(ground.recipe.model_copy(update={"method": {"name": method.key}}), data)
 
 
 def check_codec(recipe: Recipe, method: Algorithm) -> None:

@@ -31,6 +31,12 @@ def recipe(**given: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_a_method_that_needs_public_rows_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    """The ground of the recipe's method would not do: it needs none."""
+    with pytest.raises(ConfigError, match="fedmd needs public rows"):
+        siege(recipe(), [], [], ["fedmd"], data=data(), folder=tmp_path / "a")
+
+
 def test_the_grid_has_every_cell_and_holds_it_to_the_right_ones(tmp_path: Path) -> None:
     found = siege(recipe(), ["sign-flip", "backdoor"], ["multi-krum"], ["fedavg"], data=data(), folder=tmp_path / "a")
     cells = {(row["attack"], row["defence"]): row for row in found.rows}

@@ -26,8 +26,8 @@ from fedllm.engine.crew import Crew
 from fedllm.engine.driver import answered
 from fedllm.engine.job import Job
 from fedllm.engine.width import sharing
-from fedllm.recipe import load_recipe
-from fedllm.run import Watch, _placed
+from fedllm.recipe import Recipe, load_recipe
+from fedllm.run import Ground, Watch, _placed
 from fedllm.tasks.function import FunctionLearner
 
 TRAIN = Train(steps=2, batch_size=2, lr=0.1)
@@ -303,7 +303,10 @@ class Count(Watch):
     """How many other processes there are when a leg begins, and a leg at which all ends."""
 
     def __init__(self, last: str = "") -> None:
-        self.last, self.seen = last, dict[str, int]()
+        self.last, self.seen, self.kept = last, dict[str, int](), list[Ground]()
+
+    def begin(self, recipe: Recipe, ground: Ground, folder: Path) -> None:
+        self.kept.append(ground)  # else Python would end its processes, as nobody holds them any more
 
     def leg(self, name: str, rounds: int, begun: int) -> None:
         self.seen[name] = len(multiprocessing.active_children())
